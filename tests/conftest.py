@@ -1,0 +1,91 @@
+"""What the tests share: the two ExaBGP versions, a running trio, and the rule about skips."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from lab import Trio, Upstream
+
+EXABGP_VERSIONS = ("5.0.15", "4.2.25")
+
+
+def cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    return Path(base) / "exabgp-rtbh"
+
+
+def install_exabgp(version: str) -> str:
+    """The path of that ExaBGP, in a virtual environment made once for all runs and workers."""
+    python = f"py{sys.version_info[0]}.{sys.version_info[1]}"
+    home = cache_directory() / f"exabgp-{version}-{python}"
+    home.parent.mkdir(parents=True, exist_ok=True)
+    ready = home / "ready"
+    with home.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not ready.exists():
+            shutil.rmtree(home, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", home], check=True)
+            pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet", f"exabgp=={version}"]
+            if sys.version_info >= (3, 12):
+                pip.append("setuptools")  # ExaBGP 4.2 takes pkg_resources from it, which no longer comes along
+            subprocess.run(pip, check=True)
+            ready.touch()
+    return str(home / "bin" / "exabgp")
+
+
+@pytest.fixture(scope="session", params=EXABGP_VERSIONS)
+def exabgp(request: pytest.FixtureRequest) -> str:
+    """ExaBGP, once of each version that the project supports."""
+    return install_exabgp(request.param)
+
+
+@pytest.fixture(scope="session")
+def newest_exabgp() -> str:
+    """ExaBGP of the newest supported version, for tests that no version changes."""
+    return install_exabgp(EXABGP_VERSIONS[0])
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory with a short name: ExaBGP can't run from any path, and sockets have short ones."""
+    with tempfile.TemporaryDirectory(prefix="rtbh-test-") as path:
+        yield Path(path)
+
+
+StartTrio = Callable[..., tuple[Trio, Upstream]]
+
+
+@pytest.fixture
+def start_trio(directory: Path) -> Iterator[StartTrio]:
+    """A function that starts an upstream and a trio with these settings and ends them after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(exabgp: str, settings: str = "", webhook: str = "", hold_time: int = 90) -> tuple[Trio, Upstream]:
+            upstream = Upstream(directory, exabgp, hold_time)
+            stack.callback(upstream.stop)
+            upstream.start()
+            trio = Trio(directory, exabgp, upstream.port, settings)
+            trio.webhook_settings, trio.hold_time = webhook, hold_time
+            stack.callback(trio.stop)
+            trio.start()
+            return trio, upstream
+
+        yield start
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With RTBH_NO_SKIPS set, where everything is installed, a skipped test is a failure of the run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("RTBH_NO_SKIPS") and reporter and reporter.stats.get("skipped"):
+        reporter.write_line("skipped tests are failures here (RTBH_NO_SKIPS)", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

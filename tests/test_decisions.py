@@ -1,0 +1,393 @@
+"""The controller's decisions: tables, and operations at random beside a model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rtbh_controller import (
+    BACKSTOP_GRACE,
+    Blackholes,
+    Dialogue,
+    Effect,
+    Log,
+    Now,
+    Settings,
+    SettingsError,
+    Tell,
+    describe_settings,
+    load_settings,
+    parse_prefix,
+    parse_settings,
+    publication,
+)
+
+NOW = Now(1_800_000_000.0, 1000.0)
+ATTRIBUTES = "next-hop self community [65535:666]"
+
+
+def later(seconds: float) -> Now:
+    return Now(NOW.wall + seconds, NOW.mono + seconds)
+
+
+def settings(text: str = "") -> Settings:
+    found, faults = parse_settings(text)
+    assert not faults
+    return found
+
+
+def told(effects: list[Effect]) -> list[str]:
+    return [effect.text for effect in effects if isinstance(effect, Tell)]
+
+
+def logged(effects: list[Effect]) -> list[str]:
+    return [effect.text for effect in effects if isinstance(effect, Log)]
+
+
+def test_the_plain_forms() -> None:
+    blackholes = Blackholes(settings())
+    effects = blackholes.line("announce 192.0.2.100/32", NOW)
+    assert told(effects) == ["announce route 192.0.2.100/32 next-hop self community [65535:666]"]
+    assert logged(effects) == ["ANNOUNCE 192.0.2.100/32"]
+    effects = blackholes.line("withdraw 192.0.2.100/32", NOW)
+    assert told(effects) == ["withdraw route 192.0.2.100/32 next-hop self community [65535:666]"]
+    assert logged(effects) == ["WITHDRAW 192.0.2.100/32"]
+    assert told(blackholes.line("withdraw 192.0.2.100/32", NOW))  # passed on, held or not
+
+
+@pytest.mark.parametrize(
+    ("bgp", "prefix", "attributes"),
+    [
+        ("community = 65535:666 174:666", "192.0.2.1/32", "next-hop self community [65535:666 174:666]"),
+        ("community =", "192.0.2.1/32", "next-hop self"),
+        (
+            "large_community = 65001:666:0",
+            "192.0.2.1/32",
+            "next-hop self community [65535:666] large-community [65001:666:0]",
+        ),
+        ("next_hop = 192.0.2.254", "192.0.2.1/32", "next-hop 192.0.2.254 community [65535:666]"),
+        ("next_hop_ipv6 = 100::1", "2001:db8::1/128", "next-hop 100::1 community [65535:666]"),
+        ("community_ipv6 = 6939:666", "2001:db8::1/128", "next-hop self community [6939:666]"),
+        ("community_ipv6 = 6939:666", "192.0.2.1/32", "next-hop self community [65535:666]"),
+        ("community_ipv6 =", "2001:db8::1/128", "next-hop self"),
+    ],
+)
+def test_attributes_are_settings_for_announce_and_withdraw(bgp: str, prefix: str, attributes: str) -> None:
+    blackholes = Blackholes(settings(f"[bgp]\n{bgp}\n"))
+    for verb in ("announce", "withdraw"):
+        assert told(blackholes.line(f"{verb} {prefix}", NOW)) == [f"{verb} route {prefix} {attributes}"]
+
+
+def test_a_withdraw_carries_its_announces_attributes_whatever_the_settings_say_since() -> None:
+    blackholes = Blackholes(settings("[bgp]\ncommunity = 1:1"))
+    blackholes.line("announce 192.0.2.1", NOW)
+    blackholes.settings = settings("[bgp]\ncommunity = 2:2")
+    assert told(blackholes.line("withdraw 192.0.2.1", NOW)) == [
+        "withdraw route 192.0.2.1/32 next-hop self community [1:1]"
+    ]
+
+
+def test_withdraw_all_ends_what_is_held_and_nothing_else() -> None:
+    blackholes = Blackholes(settings())
+    for line in ("announce 192.0.2.1", "announce 192.0.2.2", "withdraw 192.0.2.1", "announce 192.0.2.3"):
+        blackholes.line(line, NOW)
+    ended = told(blackholes.line("withdraw-all", NOW))
+    assert ended == [f"withdraw route 192.0.2.{n}/32 {ATTRIBUTES}" for n in (2, 3)]
+    assert told(blackholes.line("withdraw-all", NOW)) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "log"),
+    [
+        ("announce 198.51.100.7", "REFUSED 198.51.100.7/32: whitelist: overlaps 198.51.100.0/24"),
+        (
+            "announce 198.51.0.0/16",
+            "REFUSED 198.51.0.0/16: whitelist: overlaps 198.51.100.0/24",
+        ),
+        ("announce 0.0.0.0/0", "REFUSED 0.0.0.0/0: min_prefix_length: a default route is never blackholed"),
+        (
+            "announce 192.0.2.0/24",
+            "REFUSED 192.0.2.0/24: min_prefix_length: prefix too short: /24, at least /32 is needed",
+        ),
+        ("announce 192.0.2.3", "REFUSED 192.0.2.3/32: max_routes: 2 routes are held"),
+        ("announce 127.0.0.1", "REFUSED 127.0.0.1/32: whitelist: 127.0.0.1 is a BGP neighbor"),
+        ("announce 192.0.2.1 until=1799999999", "REFUSED 192.0.2.1/32: until: its end has passed"),
+        (
+            "announce 2001:db8::1",
+            "REFUSED 2001:db8::1/128: max_routes: 2 routes are held",
+        ),
+    ],
+)
+def test_a_refusal_is_logged_with_its_guard_and_changes_nothing(line: str, log: str) -> None:
+    blackholes = Blackholes(settings("[safety]\nmax_routes = 2\nwhitelist = 198.51.100.0/24"))
+    blackholes.session("127.0.0.1", "up", "", NOW)
+    blackholes.line("announce 192.0.2.1", NOW)
+    blackholes.line("announce 192.0.2.2", NOW)
+    before = dict(blackholes.routes)
+    assert blackholes.line(line, NOW) == [Log(log)]
+    assert blackholes.routes == before
+    assert told(blackholes.line(line.replace("announce", "withdraw"), NOW))  # withdrawing is always allowed
+
+
+def test_a_held_prefix_may_be_announced_again_when_the_table_is_full() -> None:
+    blackholes = Blackholes(settings("[safety]\nmax_routes = 1"))
+    assert told(blackholes.line("announce 192.0.2.1", NOW)) == told(blackholes.line("announce 192.0.2.1", NOW))
+
+
+def test_ipv6_with_next_hop_self_is_refused_on_an_ipv4_session() -> None:
+    blackholes = Blackholes(settings())
+    blackholes.session("127.0.0.1", "up", "", NOW)
+    assert "next_hop_ipv6" in logged(blackholes.line("announce 2001:db8::1", NOW))[0]
+    blackholes = Blackholes(settings("[bgp]\nnext_hop_ipv6 = 100::1"))
+    blackholes.session("127.0.0.1", "up", "", NOW)
+    assert told(blackholes.line("announce 2001:db8::1", NOW))
+
+
+def test_a_timed_withdraw_ends_only_its_own_announcement() -> None:
+    blackholes = Blackholes(settings())
+    end = NOW.wall + 60
+    blackholes.line(f"announce 192.0.2.1 until={end} id=a source=webhook", NOW)
+    blackholes.line(f"announce 192.0.2.1 until={end + 60} id=b source=webhook", NOW)
+    assert told(blackholes.line("withdraw 192.0.2.1 id=a", later(60))) == []
+    assert told(blackholes.line("withdraw 192.0.2.1 id=b", later(120)))
+    assert not blackholes.routes
+
+
+def test_an_announce_by_hand_is_pinned_until_an_explicit_withdraw() -> None:
+    blackholes = Blackholes(settings())
+    blackholes.line(f"announce 192.0.2.1 until={NOW.wall + 60} id=a", NOW)
+    blackholes.line("announce 192.0.2.1", later(1))
+    assert "KEPT" in logged(blackholes.line("withdraw 192.0.2.1 id=a", later(60)))[0]
+    effects = blackholes.line(f"announce 192.0.2.1 until={NOW.wall + 90} id=b", later(61))
+    assert "stays pinned" in logged(effects)[0]
+    assert told(blackholes.line("withdraw 192.0.2.1 id=b", later(90))) == []
+    assert blackholes.expire(later(10_000)) == []
+    assert told(blackholes.line("withdraw 192.0.2.1", later(10_001)))
+
+
+def test_a_withdraw_nobody_sends_comes_from_the_controller_a_little_later() -> None:
+    blackholes = Blackholes(settings())
+    blackholes.line(f"announce 192.0.2.1 until={NOW.wall + 60} id=a", NOW)
+    assert blackholes.expire(later(60 + BACKSTOP_GRACE - 0.1)) == []
+    stepped = Now(NOW.wall - 86400, later(60 + BACKSTOP_GRACE).mono)  # the clock went back a day meanwhile
+    effects = blackholes.expire(stepped)
+    assert told(effects) == [f"withdraw route 192.0.2.1/32 {ATTRIBUTES}"]
+    assert logged(effects)[0].startswith("OVERDUE 192.0.2.1/32")
+
+
+def test_a_reload_ends_what_is_newly_protected_and_renews_attributes() -> None:
+    blackholes = Blackholes(settings())
+    for n in (1, 2):
+        blackholes.line(f"announce 192.0.2.{n}", NOW)
+    new = settings("[safety]\nwhitelist = 192.0.2.1\nallowed = 10.0.0.0/8\n[bgp]\ncommunity = 1:1")
+    effects = blackholes.reload(new, NOW)
+    assert told(effects) == [
+        f"withdraw route 192.0.2.1/32 {ATTRIBUTES}",
+        "announce route 192.0.2.2/32 next-hop self community [1:1]",
+    ]
+    assert any(text.startswith("WARNING: 192.0.2.2/32 stays blackholed: allowed") for text in logged(effects))
+
+
+verbs = st.sampled_from(["announce", "withdraw", "withdraw-all", "announce-bad", "announce-timed", "time"])
+
+
+@given(st.lists(st.tuples(verbs, st.integers(1, 6)), max_size=60))
+def test_what_is_told_leads_a_router_to_what_is_held(operations: list[tuple[str, int]]) -> None:
+    """Replaying the commands on a table gives the held routes, and every withdraw has its announce's attributes."""
+    blackholes = Blackholes(settings("[safety]\nmax_routes = 4"))
+    table: dict[str, str] = {}
+    now = NOW
+    for verb, n in operations:
+        if verb == "time":
+            now = Now(now.wall + n * 10, now.mono + n * 10)
+            effects = blackholes.expire(now)
+        else:
+            text = {
+                "withdraw-all": "withdraw-all",
+                "announce-bad": f"announce 198.51.100.{n}",
+                "announce-timed": f"announce 192.0.2.{n} until={now.wall + 15:.3f} id={n}",
+            }
+            effects = blackholes.line(text.get(verb, f"{verb} 192.0.2.{n}"), now)
+        for command in told(effects):
+            action, _, prefix, attributes = command.split(" ", 3)
+            if action == "announce":
+                table[prefix] = attributes
+            else:
+                assert table.pop(prefix, attributes) == attributes
+        assert table == {prefix: route.attributes for prefix, route in blackholes.routes.items()}
+        assert len(table) <= 4
+        assert all(r.deadline is None or r.deadline + BACKSTOP_GRACE > now.mono for r in blackholes.routes.values())
+
+
+def test_the_published_state_is_json_with_all_that_is_held() -> None:
+    blackholes = Blackholes(settings())
+    blackholes.session("127.0.0.1", "up", "", NOW)
+    blackholes.line(f"announce 192.0.2.1 until={NOW.wall + 60} id=a source=webhook reason=flood", NOW)
+    state = json.loads(publication(blackholes, "5.0.15", NOW))
+    assert state["heartbeat"] == NOW.wall
+    assert state["neighbors"] == {"127.0.0.1": {"state": "up", "since": NOW.wall}}
+    (route,) = state["routes"]
+    assert route["prefix"] == "192.0.2.1/32"
+    assert (route["until"], route["id"], route["source"], route["reason"]) == (NOW.wall + 60, "a", "webhook", "flood")
+
+
+# ---------------------------------------------------------------- the dialogue with ExaBGP
+
+
+def greeted() -> Dialogue:
+    dialogue = Dialogue()
+    assert dialogue.take() == b"\nversion\n"
+    for line in ("done", "error", "error", "exabgp 5.0.15", "done"):  # the first two were for a predecessor
+        assert dialogue.hear(line) == ""
+    assert dialogue.greeted
+    assert not dialogue.unanswered
+    return dialogue
+
+
+def test_answers_to_a_predecessor_do_not_count() -> None:
+    dialogue = greeted()
+    dialogue.tell("announce A")
+    assert dialogue.take() == b"announce A\n"
+    assert dialogue.hear("done") == ""
+    assert not dialogue.unanswered
+
+
+def test_a_refused_command_is_named() -> None:
+    dialogue = greeted()
+    dialogue.tell("announce A")
+    dialogue.tell("announce B")
+    dialogue.take()
+    assert [dialogue.hear(line) for line in ("done", "error")] == ["", "announce B"]
+
+
+def test_no_more_goes_out_than_the_window_until_answers_come() -> None:
+    dialogue = greeted()
+    for n in range(1000):
+        dialogue.tell(f"announce {n:040}")
+    first = dialogue.take()
+    assert Dialogue.WINDOW <= len(first) < Dialogue.WINDOW + 50
+    assert dialogue.take() == b""
+    out = first
+    while dialogue.unanswered:
+        dialogue.hear("done")
+        out += dialogue.take()
+    assert out == b"".join(b"announce %040d\n" % n for n in range(1000))
+    assert dialogue.waiting_bytes == dialogue.unanswered_bytes == 0
+
+
+def test_a_command_that_is_never_answered_holds_nothing_up() -> None:
+    dialogue = greeted()
+    for n in range(1000):
+        dialogue.tell(f"announce {n:040}")
+    sent = dialogue.take().count(b"\n")
+    for _ in range(sent - 10):  # ten get no answer
+        dialogue.hear("done")
+    dialogue.take()
+    dialogue.silent()
+    assert dialogue.take().startswith(b"\n")  # an empty line makes it read and answer what is left
+    dialogue.hear("error")
+    dialogue.silent()
+    assert not dialogue.unanswered
+    assert dialogue.take()
+
+
+def test_without_any_answer_commands_go_out_all_the_same_and_the_log_says_why() -> None:
+    dialogue = Dialogue()
+    for n in range(1000):
+        dialogue.tell(f"announce {n:040}")
+    dialogue.take()
+    messages = [dialogue.silent() for _ in range(10)]
+    assert ["ack = true" in message for message in messages].count(True) == 1
+    assert dialogue.take().endswith(b"announce %040d\n" % 999)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    default = settings()
+    assert default.paths.fifo == "/run/exabgp/rtbh.pipe"
+    assert default.paths.controller_log == "/var/log/exabgp/rtbh-controller.log"
+    assert default.paths.webhook_log == "/var/log/exabgp/webhook.log"
+    assert default.bgp.attributes(4) == default.bgp.attributes(6) == ATTRIBUTES
+    assert default.safety.whitelist == (parse_prefix("198.51.100.0/24"), parse_prefix("203.0.113.10/32"))
+    assert (default.safety.max_routes, default.webhook.max_routes) == (50, 40)
+    assert default.webhook.listen == ("127.0.0.1", 8099)
+    assert (default.webhook.max_announcements_per_minute, default.webhook.withdraw_after) == (10, 3600)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[safty]\nwhitelist=", r"\[safty\]: unknown section"),
+        ("[DEFAULT]\nwhitelist=", r"\[DEFAULT\]: unknown section"),
+        ("[safety]\nwitelist = 10.0.0.0/8", r"\[safety\] witelist: unknown key"),
+        ("[safety]\nwhitelist = 10.0.0.1/8", r"\[safety\] whitelist: .*host bits"),
+        ("[safety]\nmax_routes = many", r"\[safety\] max_routes: must be a whole number"),
+        ("[safety]\nmax_routes = -1", r"\[safety\] max_routes"),
+        ("[safety]\nmin_prefix_length = 0", r"\[safety\] min_prefix_length"),
+        ("[safety]\nrestore = sometimes", r"\[safety\] restore: must be"),
+        ("[bgp]\ncommunity = 65536:1", r"\[bgp\] community: 65536:1 is not a community"),
+        ("[bgp]\ncommunity = blackhole", r"\[bgp\] community"),
+        ("[bgp]\ncommunity = 1:1]; x", r"\[bgp\] community"),
+        ("[bgp]\nlarge_community = 1:2", r"\[bgp\] large_community"),
+        ("[bgp]\nnext_hop = 100::1", r"\[bgp\] next_hop: must be self or an IPv4 address"),
+        ("[bgp]\nnext_hop_ipv6 = 192.0.2.1", r"\[bgp\] next_hop_ipv6"),
+        ("[bgp]\nnext_hop = 192.0.2.1/32", r"\[bgp\] next_hop"),
+        ("[paths]\nfifo = rtbh.pipe", r"\[paths\] fifo: must be an absolute path"),
+        ("[webhook]\nlisten = 8099", r"\[webhook\] listen"),
+        ("[webhook]\nlisten = localhost:8099", r"\[webhook\] listen"),
+        ("[webhook]\nlisten = 127.0.0.1:99999", r"\[webhook\] listen"),
+        ("[webhook]\ntoken = a b", r"\[webhook\] token"),
+        ("[webhook]\ntoken = a\ntoken_file = /x", r"\[webhook\] token_file: give token or token_file"),
+        ("[webhook]\ntls_key = /x", r"\[webhook\] tls_key"),
+        ("[webhook]\nwithdraw_after = 60\nmax_withdraw_after = 59", r"\[webhook\] withdraw_after"),
+        ("[safety]\nmax_routes = 1\nmax_routes = 2", "max_routes"),
+        ("[safety]\n[safety]", "safety"),
+        ("whitelist = 10.0.0.0/8", "section"),
+        ("[safety", ""),
+    ],
+)
+def test_a_fault_is_named_with_its_section_and_key(text: str, fault: str) -> None:
+    _, faults = parse_settings(text)
+    assert len(faults) == 1
+    pytest.raises(SettingsError, raise_settings_error, faults).match(fault)
+
+
+def raise_settings_error(faults: list[str]) -> None:
+    raise SettingsError(faults)
+
+
+def test_networks_may_stand_one_a_line_with_comments() -> None:
+    text = "[safety]\nwhitelist =\n  10.0.0.0/8   # office\n# all of it\n\n  2001:db8::/32, 192.0.2.1\n"
+    assert settings(text).safety.whitelist == tuple(map(parse_prefix, ("10.0.0.0/8", "2001:db8::/32", "192.0.2.1")))
+
+
+def test_a_token_may_hold_any_sign() -> None:
+    assert settings("[webhook]\ntoken = a%(b)s#;c=:d").webhook.token == "a%(b)s#;c=:d"
+
+
+def test_the_token_is_never_shown() -> None:
+    found = settings("[webhook]\ntoken = hunter2")
+    assert "hunter2" not in describe_settings(found) + repr(found)
+
+
+@given(st.text(max_size=200))
+def test_no_text_breaks_the_settings(text: str) -> None:
+    for section in ("", "[safety]\n", "[bgp]\ncommunity = "):
+        _, faults = parse_settings(section + text)
+        assert all(fault.isprintable() for fault in faults)
+
+
+def test_a_fault_in_the_webhook_section_does_not_stop_the_controller(directory: object) -> None:
+    path = f"{directory}/rtbh.conf"
+    with open(path, "w") as file:
+        file.write("[webhook]\nlisten = nowhere\n")
+    _, warnings = load_settings(path, ignore="webhook")
+    assert any("[webhook] listen" in warning for warning in warnings)
+    with pytest.raises(SettingsError, match=r"\[webhook\] listen"):
+        load_settings(path)
+    with pytest.raises(SettingsError, match="no such file"):
+        load_settings(f"{directory}/absent.conf")
