@@ -344,7 +344,7 @@ class Service:
 class Handler(http.server.BaseHTTPRequestHandler):
     """HTTP around Service.handle: lengths, methods, and answers that are always JSON."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version = default_request_version = "HTTP/1.1"  # an answer always has a head
     timeout = CLIENT_TIMEOUT
     wbufsize = -1  # head and body leave in one segment
     disable_nagle_algorithm = True

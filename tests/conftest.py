@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from lab import Trio, Upstream
 
 EXABGP_VERSIONS = ("5.0.15", "4.2.25")
@@ -34,7 +35,7 @@ def install_exabgp(version: str) -> str:
         if not ready.exists():
             shutil.rmtree(home, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", home], check=True)
-            pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet", f"exabgp=={version}"]
+            pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", f"exabgp=={version}"]
             if sys.version_info >= (3, 12):
                 pip.append("setuptools")  # ExaBGP 4.2 takes pkg_resources from it, which no longer comes along
             subprocess.run(pip, check=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rtbh_controller import (
     BACKSTOP_GRACE,
     Blackholes,
@@ -353,11 +355,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
 def test_a_fault_is_named_with_its_section_and_key(text: str, fault: str) -> None:
     _, faults = parse_settings(text)
     assert len(faults) == 1
-    pytest.raises(SettingsError, raise_settings_error, faults).match(fault)
-
-
-def raise_settings_error(faults: list[str]) -> None:
-    raise SettingsError(faults)
+    assert re.search(fault, faults[0])
 
 
 def test_networks_may_stand_one_a_line_with_comments() -> None:

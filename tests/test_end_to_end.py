@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from conftest import StartTrio
 from lab import LabError, Process, Trio, Upstream, clean_environment, free_port, wait_for
 

@@ -7,6 +7,7 @@ import ipaddress
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from rtbh_controller import (
     LINE_MAX,
     Command,

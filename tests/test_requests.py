@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from rtbh_controller import Now, Settings, parse_line, parse_prefix, parse_settings, printable
 from webhook_receiver import Decision, Desk, Rejected, Request, parse_body
 
