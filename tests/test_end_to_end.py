@@ -59,7 +59,7 @@ def test_echo_reaches_the_upstream(exabgp: str, start_trio: StartTrio) -> None:
     everything = ("192.0.2.100/32", "192.0.2.101/32", "192.0.2.102/32", "2001:db8::1/128")
     wait_for("three more", lambda: held(upstream, *everything))
     assert upstream.table()["2001:db8::1/128"].next_hop == "100::1"
-    assert {route["prefix"] for route in trio.state()["routes"]} == set(everything)
+    wait_for("the state", lambda: {route["prefix"] for route in trio.state()["routes"]} == set(everything))
 
     trio.echo("withdraw 192.0.2.100/32")
     wait_for("the withdraw", lambda: held(upstream, *everything[1:]))
