@@ -305,6 +305,10 @@ neighbor 127.0.0.1 {{
             return (self.directory / log).read_text()
         return ""
 
+    def wait_for_log(self, text: str, log: str = "rtbh-controller.log") -> None:
+        """Wait until a log holds the text: it is written a little after the deed, from a thread of its own."""
+        wait_for(f"{text!r} in {log}", lambda: text in self.log_text(log))
+
     def echo(self, *lines: str) -> None:
         """What `echo LINE > PIPE` does."""
         with self.pipe.open("w") as pipe:

@@ -43,7 +43,7 @@ def test_sigterm_withdraws_everything_and_exabgp_starts_it_anew(exabgp: str, sta
     first = trio.state()["pid"]
     os.kill(first, signal.SIGTERM)
     wait_for("all withdrawn", lambda: holds(upstream))
-    assert "Received signal 15, withdrawing all routes\n" in trio.log_text()
+    trio.wait_for_log("Received signal 15, withdrawing all routes\n")
     wait_for("a new controller", lambda: trio.state()["pid"] != first)
     trio.echo("announce 192.0.2.99")
     wait_for("it to work", lambda: holds(upstream, "192.0.2.99/32"))
@@ -89,6 +89,7 @@ def test_a_plain_file_in_the_pipes_place_is_moved_aside_and_never_executed(
     wait_for("the line in the new pipe", lambda: holds(upstream, "192.0.2.1/32"))
     (aside,) = trio.directory.glob("rtbh.pipe.not-a-fifo-*")
     assert aside.read_text() == "announce 192.0.2.66\n"
+    trio.wait_for_log("ANNOUNCE 192.0.2.1/32")
     log = trio.log_text()
     assert f"was no FIFO; moved to {aside}" in log
     assert log.count(f"FIFO ready at {trio.pipe}\n") == 2
@@ -165,6 +166,7 @@ def test_many_writers_at_once(newest_exabgp: str, start_trio: StartTrio) -> None
     for writer in writers:
         writer.join(30)
     wait_for("800 routes", lambda: len(upstream.table()) == 800)
+    wait_for("800 lines of log", lambda: trio.log_text().count(" ANNOUNCE ") == 800)
     assert "INVALID" not in trio.log_text()
 
 

@@ -122,7 +122,7 @@ def test_the_answers_of_the_contract(receiver: Receiver) -> None:
     assert receiver.post('{"target_ip": "192.0.2.1"}', token="")[0] == 403
     assert receiver.lines() == []
     wait_for("the log", lambda: receiver.logged("AUTH FAILED from 127.0.0.1\n"))
-    assert receiver.logged("BLOCKED whitelisted IP 198.51.100.7")
+    wait_for("the log", lambda: receiver.logged("BLOCKED whitelisted IP 198.51.100.7"))
     assert not receiver.logged(TOKEN)
 
 
