@@ -39,7 +39,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable, NamedTuple, Union
 
@@ -89,6 +89,11 @@ class Paths:
     controller_log: str = "/var/log/exabgp/rtbh-controller.log"
     webhook_log: str = "/var/log/exabgp/webhook.log"
     state_dir: str = "/var/lib/exabgp"
+
+    @property
+    def journal(self) -> str:
+        """What the controller holds, for its successor."""
+        return os.path.join(self.state_dir, "journal")
 
     @property
     def state_file(self) -> str:
@@ -153,6 +158,10 @@ class Settings:
     bgp: Bgp = Bgp()
     safety: Safety = Safety()
     webhook: Webhook = Webhook()
+    neighbors: Mapping[str, Bgp] = dataclasses.field(default_factory=dict)  # address: its own [neighbor ADDRESS]
+
+    def bgp_of(self, neighbor: str) -> Bgp:
+        return self.neighbors.get(neighbor, self.bgp)
 
 
 class SettingsError(Exception):
@@ -277,16 +286,25 @@ def parse_settings(text: str) -> tuple[Settings, list[str]]:
         return Settings(), [printable(str(error).replace("<string>", "the file"))]
     faults: list[str] = []
     found: dict[str, dict[str, Any]] = {section: {} for section in KEYS}
+    neighbors: dict[str, dict[str, Any]] = {}
     for section in parser.sections():
-        if section not in KEYS:
-            faults.append(f"[{printable(section)}]: unknown section (known: {', '.join(KEYS)})")
+        keys, values = KEYS.get(section), found.get(section, {})
+        if section.startswith("neighbor "):
+            try:
+                values = neighbors.setdefault(str(ipaddress.ip_address(section[9:].strip())), {})
+                keys = KEYS["bgp"]
+            except ValueError:
+                faults.append(f"[{printable(section)}]: neighbor needs the address of a BGP neighbor")
+                continue
+        if keys is None:
+            faults.append(f"[{printable(section)}]: unknown section (known: {', '.join(KEYS)}, neighbor ADDRESS)")
             continue
         for key, value in parser.items(section):
-            if key not in KEYS[section]:
-                faults.append(f"[{section}] {printable(key)}: unknown key (known: {', '.join(KEYS[section])})")
+            if key not in keys:
+                faults.append(f"[{section}] {printable(key)}: unknown key (known: {', '.join(keys)})")
                 continue
             try:
-                found[section][key] = KEYS[section][key](value.strip())
+                values[key] = keys[key](value.strip())
             except ValueError as error:
                 faults.append(f"[{section}] {key}: {error}")
     webhook = Webhook(**found["webhook"])
@@ -296,7 +314,9 @@ def parse_settings(text: str) -> tuple[Settings, list[str]]:
         faults.append("[webhook] withdraw_after: is above max_withdraw_after")
     if bool(webhook.tls_certificate) != bool(webhook.tls_key):
         faults.append("[webhook] tls_key: tls_certificate and tls_key go together")
-    return Settings(Paths(**found["paths"]), Bgp(**found["bgp"]), Safety(**found["safety"]), webhook), faults
+    bgp = Bgp(**found["bgp"])
+    overrides = {address: dataclasses.replace(bgp, **values) for address, values in neighbors.items()}
+    return Settings(Paths(**found["paths"]), bgp, Safety(**found["safety"]), webhook, overrides), faults
 
 
 def load_settings(path: str | None, ignore: str = "") -> tuple[Settings, list[str]]:
@@ -469,12 +489,20 @@ class Log(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """Effect: give this command to ExaBGP."""
+    """Effect: give this command to ExaBGP. `prefix` is what it is about; `repair`: it mends what an audit found."""
 
     text: str
+    prefix: str = ""
+    repair: bool = False
 
 
-Effect = Union[Log, Tell]
+class Record(NamedTuple):
+    """Effect: append this to the journal, before any command is written."""
+
+    content: dict[str, Any]
+
+
+Effect = Union[Log, Tell, Record]
 
 
 class Now(NamedTuple):
@@ -484,12 +512,16 @@ class Now(NamedTuple):
     mono: float
 
 
+# For each neighbor with a section of its own its attributes, and under "" those for all others.
+Attributes = Mapping[str, str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Route:
     """A blackhole that is held. Its attributes are kept so that its withdraw carries exactly the same."""
 
     prefix: str
-    attributes: str
+    attributes: Attributes
     announced_at: float
     until: float | None = None  # seconds since the epoch; None: pinned, no timer ends it
     deadline: float | None = None  # the same end on the monotonic clock: a stepped clock moves nothing
@@ -497,15 +529,46 @@ class Route:
     source: str = "pipe"
     reason: str = ""
 
+    def record(self) -> dict[str, Any]:
+        """What the journal keeps; a monotonic time means nothing after a restart of the host."""
+        return {key: value for key, value in vars(self).items() if key != "deadline"}
+
+
+@dataclasses.dataclass
+class Neighbor:
+    """What is known of a BGP neighbor; `audited`: its adj-RIB-out was compared since its session came up."""
+
+    state: str = "unknown"  # up, down
+    since: float = 0.0
+    audited: bool = False
+    flush: bool = False  # to be sent everything again: a flap in the middle of a burst loses routes
+
+
+QUESTIONS = ("show neighbor configuration", "show neighbor summary", "show adj-rib out extensive")
+
 
 class Blackholes:
-    """Which prefixes are blackholed, and what every command does to that. No I/O, no clock."""
+    """Which prefixes are blackholed, what each neighbor was told, and what follows. No I/O, no clock.
+
+    An audit asks ExaBGP for its neighbors and their adj-RIB-out, and repairs what differs from
+    what is held: at start (what did a predecessor leave?), after a session comes up (a flap loses
+    routes, a new neighbor has none), and after an answer that does not add up.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.routes: dict[str, Route] = {}
-        self.neighbors: dict[str, tuple[str, float]] = {}  # address: up or down, since when
+        self.gone: dict[str, Attributes] = {}  # withdrawn, but perhaps still in ExaBGP's adj-RIB-out
+        self.others: dict[str, list[str]] = {}  # in adj-RIB-out but not ours: prefix and neighbors
+        self.neighbors: dict[str, Neighbor] = {}
+        self.local: set[str] = set()  # ExaBGP's own addresses
+        self.unanswered: Counter[str] = Counter()  # prefix: commands without an answer
+        self.refused: set[str] = set()  # prefixes whose last announce ExaBGP refused
+        self.audit_wanted, self.auditing = True, False
+        self.touched: set[str] = set()  # prefixes changed since the audit in progress was asked for
         self.recent: deque[tuple[float, str]] = deque(maxlen=50)  # time, message
+
+    # -- commands of the pipe
 
     def line(self, line: str | ValueError, now: Now) -> list[Effect]:
         """What one line of the pipe does."""
@@ -531,24 +594,33 @@ class Blackholes:
             refusal = Refusal("until", "its end has passed")
         if refusal:
             return [self.note(now, f"REFUSED {prefix}: {refusal.guard}: {refusal.why}")]
-        until, pinned = command.until, ""
-        if held and held.until is None and until is not None:
-            until, pinned = None, " (stays pinned by an announce without an end)"
-        deadline = None if until is None else now.mono + until - now.wall
-        attributes = self.settings.bgp.attributes(network.version)
-        identity = held.id if pinned and held else command.id
-        route = Route(prefix, attributes, now.wall, until, deadline, identity, command.source, command.reason)
-        self.routes[prefix] = route
-        return [self.note(now, f"ANNOUNCE {prefix}{pinned}"), Tell(f"announce route {prefix} {attributes}")]
+        if held and held.until is None and command.until is not None:
+            stays = self.note(now, f"ANNOUNCE {prefix} (stays pinned by an announce without an end)")
+            return [stays, *self.tell("announce", prefix, held.attributes)]
+        deadline = None if command.until is None else now.mono + command.until - now.wall
+        route = Route(
+            prefix, self.attributes(network.version), now.wall, command.until, deadline, command.id, command.source,
+            command.reason,
+        )  # fmt: skip
+        return [
+            *self.hold(route),
+            self.note(now, f"ANNOUNCE {prefix}"),
+            *self.tell("announce", prefix, route.attributes),
+        ]
 
     def refusal(self, prefix: Network, held: bool) -> Refusal | None:
         """The guard that stops an announce of the prefix, if any."""
-        refusal = check_prefix(prefix, self.settings.safety, self.neighbors)
-        if refusal is None and not held and len(self.routes) >= self.settings.safety.max_routes:
-            refusal = Refusal("max_routes", f"{len(self.routes)} routes are held")
-        impossible = prefix.version == 6 and self.settings.bgp.next_hop_ipv6 == "self"
-        if refusal is None and impossible and any("." in neighbor for neighbor in self.neighbors):
-            refusal = Refusal("next_hop_ipv6", "self cannot work on an IPv4 session: set an IPv6 address in [bgp]")
+        refusal = check_prefix(prefix, self.settings.safety, [*self.neighbors, *self.local])
+        count = len(self.routes) + len(self.others)
+        if refusal is None and str(prefix) in self.others:
+            refusal = Refusal("static", "exabgp.conf announces it: a later withdraw would end that")
+        if refusal is None and not held and count >= self.settings.safety.max_routes:
+            refusal = Refusal("max_routes", f"{count} routes are held")
+        if refusal is None and prefix.version == 6:
+            for neighbor in self.neighbors:
+                if "." in neighbor and self.settings.bgp_of(neighbor).next_hop_ipv6 == "self":
+                    why = f"self cannot work on the IPv4 session with {neighbor}: set an IPv6 address in [bgp]"
+                    return Refusal("next_hop_ipv6", why)
         return refusal
 
     def withdraw(self, network: Network, now: Now, identity: str = "") -> list[Effect]:
@@ -557,9 +629,9 @@ class Blackholes:
         held = self.routes.get(prefix)
         if held and identity and held.id != identity:
             return [self.note(now, f"KEPT {prefix}: announced again since by {held.source}, id {identity} is over")]
-        attributes = held.attributes if held else self.settings.bgp.attributes(network.version)
-        self.routes.pop(prefix, None)
-        return [self.note(now, f"WITHDRAW {prefix}"), Tell(f"withdraw route {prefix} {attributes}")]
+        attributes = held.attributes if held else self.gone.get(prefix) or self.attributes(network.version)
+        effects: list[Effect] = self.release(prefix) if held else []
+        return [*effects, self.note(now, f"WITHDRAW {prefix}"), *self.tell("withdraw", prefix, attributes)]
 
     def withdraw_all(self, now: Now) -> list[Effect]:
         effects: list[Effect] = [self.note(now, f"WITHDRAW-ALL {len(self.routes)} routes")]
@@ -582,8 +654,8 @@ class Blackholes:
         effects: list[Effect] = []
         for prefix, route in list(self.routes.items()):
             network = ipaddress.ip_network(prefix)
-            refusal = check_prefix(network, settings.safety, self.neighbors)
-            attributes = settings.bgp.attributes(network.version)
+            refusal = check_prefix(network, settings.safety, [*self.neighbors, *self.local])
+            attributes = self.attributes(network.version)
             if refusal and refusal.guard == "whitelist":
                 effects.append(self.note(now, f"PROTECTED {prefix}: whitelist: {refusal.why}"))
                 effects += self.withdraw(network, now)
@@ -591,36 +663,342 @@ class Blackholes:
             if refusal:
                 effects.append(self.note(now, f"WARNING: {prefix} stays blackholed: {refusal.guard}: {refusal.why}"))
             if attributes != route.attributes:
-                self.routes[prefix] = dataclasses.replace(route, attributes=attributes)
-                effects += [self.note(now, f"ANNOUNCE {prefix}"), Tell(f"announce route {prefix} {attributes}")]
+                effects += [*self.hold(dataclasses.replace(route, attributes=attributes))]
+                effects += [self.note(now, f"ANNOUNCE {prefix}"), *self.tell("announce", prefix, attributes)]
         return effects
+
+    def stop(self, now: Now) -> list[Effect]:
+        """A clean end: the journal keeps what is held, for `restore = always`; the neighbors lose it."""
+        effects: list[Effect] = [Record({"do": "stop", "at": now.wall})]
+        for prefix, route in self.routes.items():
+            effects += [self.note(now, f"WITHDRAW {prefix}"), *self.tell("withdraw", prefix, route.attributes)]
+        self.routes.clear()
+        return effects
+
+    # -- what ExaBGP says
 
     def session(self, address: str, state: str, why: str, now: Now) -> list[Effect]:
         """A BGP session came up or went down."""
-        self.neighbors[address] = (state, now.wall)
+        neighbor = self.neighbors.setdefault(address, Neighbor())
+        up = state == "up"
+        if state == neighbor.state == "down":
+            return []  # said again at every attempt to connect
+        neighbor.state, neighbor.since, neighbor.audited, neighbor.flush = state, now.wall, False, up
+        self.audit_wanted = self.audit_wanted or up
         return [self.note(now, f"NEIGHBOR {address} {state}{': ' + printable(why) if why else ''}")]
+
+    def answered(self, command: Tell, accepted: bool, output: list[str], now: Now) -> list[Effect]:
+        """ExaBGP has answered a command."""
+        if command.text in QUESTIONS:
+            return self.learn(command.text, output, now) if accepted else self.question_failed(now)
+        prefix = command.prefix
+        if not prefix:
+            return []
+        self.unanswered[prefix] -= 1
+        if self.unanswered[prefix] <= 0:
+            del self.unanswered[prefix]
+            if accepted:
+                self.gone.pop(prefix, None)  # ExaBGP has carried out the last command, so a withdraw too
+        if accepted:
+            self.refused.discard(prefix)
+            return []
+        self.refused.add(prefix)
+        self.audit_wanted = self.audit_wanted or not command.repair
+        return [self.note(now, f"ERROR: ExaBGP refused: {command.text}")]
+
+    def never_answered(self, commands: Iterable[Tell], now: Now) -> list[Effect]:
+        """ExaBGP has left these commands without an answer: ask what became of them."""
+        for command in commands:
+            self.unanswered[command.prefix] -= 1
+            if self.unanswered[command.prefix] <= 0:
+                del self.unanswered[command.prefix]
+            self.audit_wanted = self.audit_wanted or not command.repair
+            self.auditing = self.auditing and command.text not in QUESTIONS
+        return [self.note(now, "ERROR: ExaBGP left commands unanswered; asking what it holds")]
+
+    # -- audits
+
+    def ask(self) -> list[Effect]:
+        """Begin an audit if one is wanted and none is under way."""
+        if not self.audit_wanted or self.auditing:
+            return []
+        self.audit_wanted, self.auditing = False, True
+        self.touched.clear()
+        return [Tell(question) for question in QUESTIONS]
+
+    def question_failed(self, now: Now) -> list[Effect]:
+        self.auditing = False
+        return [self.note(now, "ERROR: ExaBGP does not say what it holds")]
+
+    def learn(self, question: str, output: list[str], now: Now) -> list[Effect]:
+        if question == QUESTIONS[0]:
+            return self.learn_neighbors(output)
+        if question == QUESTIONS[1]:
+            return self.learn_sessions(output, now)
+        self.auditing = False
+        return self.repair(parse_adj_rib_out(output), now)
+
+    def learn_neighbors(self, output: list[str]) -> list[Effect]:
+        """The neighbors of exabgp.conf that the controller's announcements reach, and our own addresses."""
+        found: dict[str, str] = {}
+        address = ""
+        for line in output:
+            words = line.rstrip(";").split()
+            if words[:1] == ["neighbor"] and len(words) > 1:
+                address = words[1]
+            elif words[:1] == ["local-address"] and len(words) > 1:
+                found.setdefault(address, "")
+                self.local.update(word for word in words[1:] if is_address(word))
+            elif words[:1] == ["processes"] and len(words) > 3:
+                found[address] = words[2]
+        for known in set(self.neighbors) - set(found):
+            del self.neighbors[known]
+        for address, process in found.items():
+            if process:
+                self.neighbors.setdefault(address, Neighbor())
+        return []
+
+    def learn_sessions(self, output: list[str], now: Now) -> list[Effect]:
+        """The sessions of neighbors from which no event has come; 4.2 lists the established ones alone."""
+        established = {line.split()[0] for line in output if line.rstrip() and "established" in line.split()}
+        effects: list[Effect] = []
+        wanted = self.audit_wanted
+        for address, neighbor in self.neighbors.items():
+            if neighbor.state == "unknown":
+                effects += self.session(address, "up" if address in established else "down", "", now)
+                neighbor.flush = False
+        self.audit_wanted = wanted  # what has long been up is part of the audit under way
+        return effects
+
+    def repair(self, table: dict[str, dict[str, str]], now: Now) -> list[Effect]:
+        """Compare adj-RIB-out with what is held and mend the difference, but for what changed meanwhile."""
+        missing: dict[str, list[str]] = {}
+        for address in self.neighbors:
+            has = table.get(address, {})
+            for prefix, route in self.routes.items():
+                wanted = communities_of(route.attributes.get(address, route.attributes[""]))
+                if has.get(prefix) != wanted and prefix not in self.touched:
+                    missing.setdefault(prefix, []).append(address)
+        effects: list[Effect] = []
+        for prefix, addresses in missing.items():
+            effects.append(self.note(now, f"REPAIR announce {prefix} to {' '.join(addresses)}"))
+            effects += self.tell("announce", prefix, self.routes[prefix].attributes, addresses, repair=True)
+        self.others = {}
+        for address in table.keys() & self.neighbors.keys():
+            for prefix in table[address].keys() - self.routes.keys() - self.touched:
+                if prefix in self.gone:
+                    effects.append(self.note(now, f"REPAIR withdraw {prefix} from {address}"))
+                    effects += self.tell("withdraw", prefix, self.gone[prefix], [address], repair=True)
+                else:
+                    self.others.setdefault(prefix, []).append(address)
+        listed = {prefix for has in table.values() for prefix in has}
+        for prefix in self.gone.keys() - listed - self.touched - self.unanswered.keys():
+            del self.gone[prefix]
+        for address, neighbor in self.neighbors.items():
+            neighbor.audited = True
+            if neighbor.flush:
+                neighbor.flush = False
+                effects.append(Tell(f"neighbor {address} flush adj-rib out"))
+        return effects
+
+    # -- what every change has in common
+
+    def attributes(self, version: int) -> Attributes:
+        """The attributes of a new route to each neighbor."""
+        own = {address: bgp.attributes(version) for address, bgp in self.settings.neighbors.items()}
+        return {"": self.settings.bgp.attributes(version), **own}
+
+    def hold(self, route: Route) -> list[Effect]:
+        self.routes[route.prefix] = route
+        self.gone.pop(route.prefix, None)
+        return [Record({"do": "announce", "at": route.announced_at, "route": route.record()})]
+
+    def release(self, prefix: str) -> list[Effect]:
+        self.gone[prefix] = self.routes.pop(prefix).attributes
+        return [Record({"do": "withdraw", "prefix": prefix})]
+
+    def tell(
+        self, verb: str, prefix: str, attributes: Attributes, only: list[str] | None = None, repair: bool = False
+    ) -> list[Effect]:
+        """The commands for a prefix: one for all neighbors, or one for each set of attributes."""
+        if not repair:
+            self.touched.add(prefix)
+        groups: dict[str, list[str]] = {}
+        for address in self.neighbors if only is None else only:
+            groups.setdefault(attributes.get(address, attributes[""]), []).append(address)
+        if len(attributes) == 1 and (only is None or len(only) == len(self.neighbors)):
+            groups = {attributes[""]: []}
+        effects: list[Effect] = []
+        for text, addresses in groups.items():
+            whom = ", ".join(f"neighbor {address}" for address in addresses)
+            effects.append(Tell(f"{whom} {verb} route {prefix} {text}".lstrip(), prefix, repair))
+        self.unanswered[prefix] += len(effects)
+        return effects
+
+    def delivery(self, prefix: str) -> dict[str, str]:
+        """For each neighbor: advertised, pending, down or unknown."""
+        waits = prefix in self.unanswered
+        return {
+            address: n.state
+            if n.state != "up"
+            else "unknown"
+            if prefix in self.refused
+            else "pending"
+            if waits or not n.audited
+            else "advertised"
+            for address, n in self.neighbors.items()
+        }
 
     def note(self, now: Now, text: str) -> Log:
         self.recent.append((now.wall, text))
         return Log(text)
 
 
+def is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def communities_of(attributes: str) -> str:
+    """Communities and large communities of a command, or of a line of adj-RIB-out, in one comparable form.
+
+    The next hop is left out: `self` is shown as an address there.
+    """
+    words = re.sub(r"[\[\]]", " ", attributes).replace("blackhole", "65535:666").split()
+    return " ".join(sorted(word for word in words if re.fullmatch(r"\d+:\d+(:\d+)?", word)))
+
+
+def parse_adj_rib_out(output: list[str]) -> dict[str, dict[str, str]]:
+    """The answer to `show adj-rib out extensive`: for each neighbor its prefixes and their communities."""
+    table: dict[str, dict[str, str]] = {}
+    for line in output:
+        found = re.match(r"neighbor (\S+) .*? ipv[46] unicast (\S+) (next-hop .*)", line)
+        if found:
+            table.setdefault(found[1], {})[found[2]] = communities_of(found[3].partition(" ")[2].partition(" ")[2])
+    return table
+
+
+# ---------------------------------------------------------------- the journal: what survives
+
+
+class Journal(NamedTuple):
+    """What a journal holds. `exabgp` names the ExaBGP process it was written under."""
+
+    routes: dict[str, Route]
+    gone: dict[str, Attributes]
+    exabgp: str
+    stopped: bool
+    at: float  # seconds since the epoch: the last time in it
+
+
+def read_journal(text: str) -> Journal:
+    """Read a journal, one JSON record a line; a torn line (the host died) is skipped."""
+    routes: dict[str, Route] = {}
+    gone: dict[str, Attributes] = {}
+    exabgp, stopped, at = "", False, 0.0
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+            at = max(at, float(record.get("at", 0.0)))
+            if record["do"] == "announce":
+                route = Route(**record["route"])
+                routes[route.prefix] = route
+                gone.pop(route.prefix, None)
+            elif record["do"] == "withdraw":
+                held = routes.pop(record["prefix"], None)
+                if held:
+                    gone[held.prefix] = held.attributes
+            elif record["do"] == "start":
+                exabgp, stopped = record["exabgp"], False
+            elif record["do"] == "stop":
+                stopped = True
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return Journal(routes, gone, exabgp, stopped, at)
+
+
+def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> list[Effect]:
+    """Take over what a predecessor held, as `[safety] restore` says.
+
+    The same ExaBGP: the controller died alone, its routes are still announced, they stay ours.
+    Another one: ExaBGP or the host died, or was stopped; its routes are gone from the routers.
+    """
+    safety = blackholes.settings.safety
+    same = journal.exabgp == exabgp
+    why = ""
+    if journal.stopped and safety.restore != "always":
+        why = "after a clean stop"
+    elif not same and safety.restore == "never":
+        why = "restore = never"
+    elif not same and now.wall - journal.at > safety.restore_max_age:
+        why = f"last seen {now.wall - journal.at:.0f} s ago, above restore_max_age"
+    effects: list[Effect] = [Record({"do": "start", "at": now.wall, "exabgp": exabgp})]
+    if same:
+        blackholes.gone = dict(journal.gone)
+    for route in journal.routes.values():
+        over = not same and route.until is not None and route.until <= now.wall
+        if why or over:
+            effects.append(Record({"do": "withdraw", "prefix": route.prefix}))
+            if same:
+                blackholes.gone[route.prefix] = route.attributes
+            continue
+        deadline = None
+        if route.until is not None:  # the clock may have been stepped: never longer than it was to last
+            deadline = now.mono + min(route.until - now.wall, route.until - route.announced_at)
+        blackholes.routes[route.prefix] = dataclasses.replace(route, deadline=deadline)
+    if journal.routes:
+        kept = len(blackholes.routes)
+        forgotten = f", {len(journal.routes) - kept} not: {why or 'their time is over'}"
+        text = f"RESTORED {kept} blackholes{forgotten if kept < len(journal.routes) else ''}"
+        effects.append(blackholes.note(now, text))
+    return effects + blackholes.reload(blackholes.settings, now)
+
+
+def snapshot(blackholes: Blackholes, exabgp: str, now: Now) -> list[dict[str, Any]]:
+    """The records that say the same as a journal that has grown long."""
+    gone = [
+        record
+        for prefix, attributes in blackholes.gone.items()
+        for record in (
+            {"do": "announce", "route": {"prefix": prefix, "attributes": attributes, "announced_at": 0.0}},
+            {"do": "withdraw", "prefix": prefix},
+        )
+    ]
+    held = [{"do": "announce", "route": route.record()} for route in blackholes.routes.values()]
+    return [{"do": "start", "at": now.wall, "exabgp": exabgp}, *gone, *held]
+
+
 def publication(blackholes: Blackholes, version: str, now: Now) -> str:
     """The published state as JSON; all times in seconds since the epoch."""
-    routes = [
-        {"prefix": r.prefix, "announced_at": r.announced_at, "until": r.until, "id": r.id}
-        | {"source": r.source, "reason": r.reason, "attributes": r.attributes}
-        for r in blackholes.routes.values()
+    routes = [route.record() | {"neighbors": blackholes.delivery(route.prefix)} for route in blackholes.routes.values()]
+    others = [
+        {"prefix": prefix, "source": "other", "announced_at": None, "until": None, "id": "", "reason": ""}
+        | {"neighbors": dict.fromkeys(addresses, "advertised")}
+        for prefix, addresses in blackholes.others.items()
     ]
-    neighbors = {address: {"state": state, "since": t} for address, (state, t) in blackholes.neighbors.items()}
+    neighbors = {address: {"state": n.state, "since": n.since} for address, n in blackholes.neighbors.items()}
     safety = blackholes.settings.safety
     return json.dumps(
-        {"heartbeat": now.wall, "pid": os.getpid(), "exabgp": version, "neighbors": neighbors, "routes": routes}
-        | {"recent": list(blackholes.recent), "limits": {"max_routes": safety.max_routes}}
+        {"heartbeat": now.wall, "pid": os.getpid(), "exabgp": version, "neighbors": neighbors}
+        | {"routes": routes + others, "recent": list(blackholes.recent), "limits": {"max_routes": safety.max_routes}}
     )
 
 
 # ---------------------------------------------------------------- what is said to ExaBGP, and answered
+
+
+NUDGE = Tell("")
+
+
+class Answer(NamedTuple):
+    """ExaBGP's answer to a command, with the lines it printed for a question."""
+
+    command: Tell
+    accepted: bool
+    output: list[str]
 
 
 class Dialogue:
@@ -642,66 +1020,78 @@ class Dialogue:
         self.greeted = False
         self.answers = True  # False: nothing answers (acknowledgements are off), so nothing waits for answers
         self.silences = 0
-        self.waiting: deque[str] = deque(["", "version"])
+        self.waiting: deque[Tell] = deque([NUDGE, Tell("version")])
         self.waiting_bytes = len("\nversion\n")
-        self.unanswered: deque[str] = deque()
+        self.unanswered: deque[Tell] = deque()
+        self.output: list[str] = []  # of a question, until its `done`
         self.unanswered_bytes = 0
         self.nudged = self.heard_since_nudge = False
 
-    def tell(self, command: str) -> None:
+    def tell(self, command: Tell) -> None:
         self.waiting.append(command)
-        self.waiting_bytes += len(command) + 1
+        self.waiting_bytes += len(command.text) + 1
 
     def take(self) -> bytes:
         """The commands that may be written now."""
         out = []
-        while self.waiting and (self.unanswered_bytes < self.WINDOW or not self.answers or not self.waiting[0]):
+        while self.waiting and (self.unanswered_bytes < self.WINDOW or not self.answers or self.waiting[0] is NUDGE):
             command = self.waiting.popleft()
-            self.waiting_bytes -= len(command) + 1
+            size = len(command.text) + 1
+            self.waiting_bytes -= size
             if self.answers:
                 self.unanswered.append(command)
-                self.unanswered_bytes += len(command) + 1
-            out.append(command + "\n")
+                self.unanswered_bytes += size
+            out.append(command.text + "\n")
         return "".join(out).encode("ascii")
 
-    def hear(self, line: str) -> str:
-        """Take one line of answer; returns the command that ExaBGP refused, or an empty text."""
+    def hear(self, line: str) -> Answer | None:
+        """Take one line that is not about a session; returns the answer that it completes, if any."""
         self.heard_since_nudge = True
         if line.startswith("exabgp "):
             self.version = line.split()[1]
-        if line not in ("done", "error"):
-            return ""
         if not self.greeted:
             if self.version and line == "done":
                 self.greeted = self.answers = True
-                while self.unanswered and self.forget() != "version":
+                while self.unanswered and self.forget().text != "version":
                     pass
-            return ""
-        command = self.forget() if self.unanswered else ""
-        self.nudged = self.nudged and command != ""
-        return command if line == "error" else ""
+            return None
+        if line not in ("done", "error"):
+            self.output.append(line)
+            return None
+        output, self.output = self.output, []
+        if not self.unanswered:
+            return None
+        command = self.forget()
+        self.nudged = self.nudged and command is not NUDGE
+        return Answer(command, line == "done", output)
 
-    def forget(self) -> str:
+    def forget(self) -> Tell:
         command = self.unanswered.popleft()
-        self.unanswered_bytes -= len(command) + 1
+        self.unanswered_bytes -= len(command.text) + 1
         return command
 
-    def silent(self) -> str:
-        """To be called after each SILENCE seconds without an answer; returns what is to be logged, if anything."""
+    def silent(self) -> tuple[str, list[Tell]]:
+        """To be called after each SILENCE seconds without an answer.
+
+        Returns what is to be logged, if anything, and the commands that will never be answered.
+        """
         self.silences += 1
         if not self.greeted:
             if self.silences != self.PATIENCE:
-                return ""
+                return "", []
             self.answers = False
-            return "ERROR: ExaBGP answers nothing, so refusals go unseen: set ack = true in [exabgp.api] of exabgp.env"
+            why = "ERROR: ExaBGP answers nothing, so refusals go unseen: set ack = true in [exabgp.api] of exabgp.env"
+            return why, []
         if self.nudged and self.heard_since_nudge:  # it has read all there was: what it left unanswered stays so
+            left = [command for command in self.unanswered if command is not NUDGE]
             self.unanswered.clear()
-            self.unanswered_bytes, self.nudged = 0, False
-        elif self.unanswered and not self.nudged:
+            self.unanswered_bytes, self.nudged, self.output = 0, False, []
+            return "", left
+        if self.unanswered and not self.nudged:
             self.nudged, self.heard_since_nudge = True, False
-            self.waiting.appendleft("")
+            self.waiting.appendleft(NUDGE)
             self.waiting_bytes += 1
-        return ""
+        return "", []
 
 
 # ---------------------------------------------------------------- files: log, state, pipe
@@ -785,6 +1175,105 @@ class Publisher:
             self.failed = failed
 
 
+class JournalFile:
+    """Appends records to the journal at once, and makes them durable from a thread of its own.
+
+    An append waits for the page cache alone (some 15 microseconds). What can't be written stops
+    nothing; as soon as the disk takes it again, the whole is written anew.
+    """
+
+    SPARE = 256 * 1024  # bytes that a journal may grow beyond twice its last snapshot
+
+    def __init__(self, path: str, log: Callable[[str], None]) -> None:
+        self.path, self.log = path, log
+        self.descriptor = -1
+        self.size, self.limit = 0, 0  # a limit of 0: write a snapshot first
+        self.failed = ""
+        self.appended = threading.Event()
+        threading.Thread(target=self.synchronize, daemon=True).start()
+
+    def read(self) -> str:
+        """The journal as it is; empty when there is none."""
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                return file.read()
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            self.fail(error)
+            return ""
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        if self.descriptor < 0 or self.failed:
+            return
+        try:
+            self.put(records)
+        except OSError as error:
+            self.fail(error)
+
+    def put(self, records: list[dict[str, Any]]) -> None:
+        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        if os.write(self.descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.size += len(data)
+        self.appended.set()
+
+    def full(self) -> bool:
+        """Whether a snapshot is due: the journal has grown long, or could not be written."""
+        return self.size > self.limit or bool(self.failed)
+
+    def rewrite(self, records: list[dict[str, Any]]) -> None:
+        """Begin a new journal that holds these records, and put it in the place of the old one."""
+        try:
+            new = os.open(f"{self.path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o640)
+            old, self.descriptor, self.size = self.descriptor, new, 0
+            if old >= 0:
+                os.close(old)
+            self.put(records)
+            os.replace(f"{self.path}.new", self.path)
+        except OSError as error:
+            self.fail(error)
+            return
+        self.limit = 2 * self.size + self.SPARE
+        if self.failed:
+            self.log(f"The journal is written again: {self.path}")
+        self.failed = ""
+
+    def fail(self, error: OSError) -> None:
+        text = f"ERROR: cannot write the journal {self.path}: {error.strerror}"
+        if text != self.failed:
+            self.log(f"{text}; what is blackholed now may not come back after a crash")
+        self.failed = text
+
+    def synchronize(self) -> None:
+        while self.appended.wait():
+            self.appended.clear()
+            with contextlib.suppress(OSError):
+                os.fdatasync(self.descriptor)
+
+
+def parent_process() -> str:
+    """A name for the ExaBGP that runs us, which no other process on this host ever has."""
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/stat", encoding="ascii", errors="replace") as file:
+            started = file.read().rpartition(")")[2].split()[19]
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{parent} {started} {file.read().strip()}"
+    except (OSError, IndexError):
+        return f"{parent} {time.time()}"
+
+
+def read_state(path: str) -> dict[str, Any]:
+    """The published state; empty when there is none that can be read."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            state = json.load(file)
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
 class PipeBusy(Exception):
     """Another controller reads this pipe."""
 
@@ -830,6 +1319,9 @@ class Loop:
     def __init__(self, settings: Settings, config: str | None, log: Logger) -> None:
         self.settings, self.config, self.log = settings, config, log
         self.blackholes = Blackholes(settings)
+        self.journal = JournalFile(settings.paths.journal, log)
+        self.exabgp = parent_process()
+        self.records: list[dict[str, Any]] = []  # to be appended before the next commands are written
         self.dialogue = Dialogue()
         self.publish = Publisher(settings.paths.state_file, log)
         self.selector = selectors.DefaultSelector()
@@ -843,7 +1335,7 @@ class Loop:
         self.changed = True
         self.started = False
         # monotonic times: last publication, last answer, last bytes in the pipe, last look at the pipe's path
-        self.published_at = self.answered_at = self.pipe_at = self.looked_at = 0.0
+        self.published_at = self.answered_at = self.pipe_at = self.looked_at = self.expired_at = 0.0
         self.publish_pause = PUBLISH_PAUSE
 
     def run(self) -> int:
@@ -883,7 +1375,9 @@ class Loop:
         for effect in effects:
             self.changed = True
             if isinstance(effect, Tell):
-                self.dialogue.tell(effect.text)
+                self.dialogue.tell(effect)
+            elif isinstance(effect, Record):
+                self.records.append(effect.content)
             else:
                 self.log(effect.text)
 
@@ -896,15 +1390,24 @@ class Loop:
         if now.mono - self.looked_at >= (0.1 if self.pipe < 0 else HEARTBEAT):
             self.looked_at = now.mono
             self.look_after_pipe()
+            if self.started and self.journal.full():
+                self.journal.rewrite(snapshot(self.blackholes, self.exabgp, now))
+                self.records.clear()  # the snapshot says it all
         if self.lines.partial and now.mono - self.pipe_at > 1.0:
             torn = self.lines.give_up()
             self.apply(self.blackholes.line(torn, now) if torn else [])
         if now.mono - self.answered_at >= Dialogue.SILENCE:
             self.answered_at = now.mono
-            message = self.dialogue.silent()
+            message, left = self.dialogue.silent()
             if message:
                 self.apply([self.blackholes.note(now, message)])
-        self.apply(self.blackholes.expire(now))
+            if left:
+                self.apply(self.blackholes.never_answered(left, now))
+        if now.mono - self.expired_at >= 0.25:
+            self.expired_at = now.mono
+            self.apply(self.blackholes.expire(now))
+        if self.started and self.dialogue.greeted:
+            self.apply(self.blackholes.ask())
         full = self.dialogue.waiting_bytes > self.QUEUE
         listening = self.pipe >= 0 and self.pipe in self.selector.get_map()
         if listening and full:
@@ -940,10 +1443,21 @@ class Loop:
             self.log(f"FIFO ready at {path}")
             if not self.started:
                 self.started = True
+                self.take_over()
                 self.log("RTBH controller started")
         if trouble and trouble != self.pipe_trouble:
             self.log(trouble)
         self.pipe_trouble = trouble
+
+    def take_over(self) -> None:
+        """Learn what a predecessor held, and begin a journal of our own."""
+        now = self.now()
+        journal = read_journal(self.journal.read())
+        alive_at = read_state(self.settings.paths.state_file).get("heartbeat", 0.0)
+        effects = restore(self.blackholes, journal._replace(at=max(journal.at, alive_at)), self.exabgp, now)
+        self.apply(effects)
+        self.journal.rewrite(snapshot(self.blackholes, self.exabgp, now))
+        self.records.clear()  # the snapshot says it all
 
     def read_pipe(self) -> None:
         try:
@@ -965,16 +1479,22 @@ class Loop:
         for raw in lines:
             line = raw.decode("utf-8", "replace").strip()
             words = line.split(maxsplit=3)
-            if len(words) >= 3 and words[0] == "neighbor" and words[2] in ("up", "down"):
+            if words[:1] == ["shutdown"]:
+                self.stop(now, "ExaBGP is stopping")
+            elif len(words) >= 3 and words[0] == "neighbor" and words[2] in ("up", "down"):
                 why = words[3].lstrip("- ") if len(words) > 3 else ""
                 self.apply(self.blackholes.session(words[1], words[2], why, now))
             elif line:
                 self.answered_at = now.mono
-                refused = self.dialogue.hear(line)
-                if refused:
-                    self.apply([self.blackholes.note(now, f"ERROR: ExaBGP refused: {refused}")])
+                answer = self.dialogue.hear(line)
+                if answer:
+                    self.changed = True
+                    self.apply(self.blackholes.answered(*answer, now))
 
     def write_exabgp(self) -> None:
+        if self.records:
+            self.journal.append(self.records)
+            self.records = []
         try:
             while self.running:
                 self.out = self.out or self.dialogue.take()
@@ -997,12 +1517,19 @@ class Loop:
         for number in os.read(descriptor, 64):
             if number == signal.SIGHUP:
                 self.reload(now)
-            elif self.stop_at is None:
-                self.stop_at = now.mono + self.STOP
-                self.log(f"Received signal {number}, withdrawing all routes")
-                self.apply(self.blackholes.withdraw_all(now))
-                if self.pipe in self.selector.get_map():
-                    self.selector.unregister(self.pipe)
+            else:
+                self.stop(now, f"Received signal {number}, withdrawing all routes")
+
+    def stop(self, now: Now, why: str) -> None:
+        """A clean end: withdraw everything, wait for the answers, but not for long."""
+        if self.stop_at is not None:
+            return
+        self.stop_at = now.mono + self.STOP
+        self.log(why)
+        if self.started:
+            self.apply(self.blackholes.stop(now))
+        if self.pipe in self.selector.get_map():
+            self.selector.unregister(self.pipe)
 
     def reload(self, now: Now) -> None:
         try:
@@ -1035,11 +1562,9 @@ class Loop:
 
 def print_status(path: str) -> int:
     """Print the published state for a person; 1 when the controller is away or no session is up."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            state: Mapping[str, Any] = json.load(file)
-    except (OSError, ValueError) as error:
-        print(f"no published state: {error}\nIs ExaBGP running? Its controller writes this file.", file=sys.stderr)
+    state = read_state(path)
+    if not state:
+        print(f"no published state in {path}: is ExaBGP running? Its controller writes it.", file=sys.stderr)
         return 1
     age = time.time() - state["heartbeat"]
     alive = -3 <= age <= 3
@@ -1051,9 +1576,15 @@ def print_status(path: str) -> int:
         print("no BGP session has come up yet")
     print(f"{len(state['routes'])} blackholes (limit {state['limits']['max_routes']})")
     for route in state["routes"]:
+        if route["source"] == "other":
+            print(f"  {route['prefix']}  static in exabgp.conf")
+            continue
         left = "pinned" if route["until"] is None else f"{max(0.0, route['until'] - time.time()):.0f} s left"
         reason = f" ({route['reason']})" if route["reason"] else ""
         print(f"  {route['prefix']}  since {clock(route['announced_at'])}  {left}  by {route['source']}{reason}")
+        late = [f"{status} at {a}" for a, status in route["neighbors"].items() if status != "advertised"]
+        if late:
+            print(f"    {', '.join(late)}")
     refusals = [(at, text) for at, text in state["recent"] if re.match("INVALID|UNKNOWN|REFUSED|ERROR", text)]
     for at, text in refusals[-10:]:
         print(f"refused {clock(at)} {text}")

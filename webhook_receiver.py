@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import heapq
 import hmac
 import http
 import http.server
@@ -166,7 +165,6 @@ class Desk:
         self.settings = settings
         self.accepted: deque[float] = deque()  # monotonic times of the announcements that count
         self.timers: dict[str, Timer] = {}
-        self.schedule: list[Timer] = []  # a heap; entries no longer in `timers` are dead
 
     def decide(self, request: Request, identity: str, now: Now) -> Decision:
         """What to do about a request; nothing is changed yet. Raises Rejected."""
@@ -220,15 +218,12 @@ class Desk:
             self.timers.pop(str(request.prefix), None)
         else:
             self.timers[decision.timer.prefix] = decision.timer
-            heapq.heappush(self.schedule, decision.timer)
         if decision.charged:
             self.accepted.append(now.mono)
 
     def next_timer(self) -> Timer | None:
         """The timer that ends first, if any."""
-        while self.schedule and self.timers.get(self.schedule[0].prefix) != self.schedule[0]:
-            heapq.heappop(self.schedule)
-        return self.schedule[0] if self.schedule else None
+        return min(self.timers.values(), default=None)
 
 
 def because(request: Request) -> str:

@@ -175,6 +175,14 @@ neighbor 127.0.0.2 {{
         if self.file:
             self.file.close()
 
+    def restart(self) -> None:
+        """Kill the upstream, as a router that reboots, and start it again."""
+        self.process.popen.kill()
+        self.process.popen.wait()
+        self.poll()
+        self.events.append(Event(time.time(), "down"))
+        self.start()
+
     def poll(self) -> list[Event]:
         """The events since the last call; all of them stay in `events`."""
         assert self.file is not None
@@ -260,10 +268,14 @@ neighbor 127.0.0.1 {{
             exabgp_environment(),
         )
 
+        begin = time.time()
+
         def up() -> bool:
             assert self.daemon is not None
             self.daemon.check()
-            return any(neighbor["state"] == "up" for neighbor in self.state().get("neighbors", {}).values())
+            state = self.state()
+            sessions = [neighbor["state"] for neighbor in state.get("neighbors", {}).values()]
+            return state.get("heartbeat", 0) > begin and "up" in sessions
 
         try:
             wait_for("the BGP session to come up", up)

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from rtbh_controller import (
     BACKSTOP_GRACE,
+    Answer,
     Blackholes,
     Dialogue,
     Effect,
     Log,
     Now,
+    Record,
     Settings,
     SettingsError,
     Tell,
@@ -24,6 +26,9 @@ from rtbh_controller import (
     parse_prefix,
     parse_settings,
     publication,
+    read_journal,
+    restore,
+    snapshot,
 )
 
 NOW = Now(1_800_000_000.0, 1000.0)
@@ -218,7 +223,7 @@ def test_what_is_told_leads_a_router_to_what_is_held(operations: list[tuple[str,
                 table[prefix] = attributes
             else:
                 assert table.pop(prefix, attributes) == attributes
-        assert table == {prefix: route.attributes for prefix, route in blackholes.routes.items()}
+        assert table == {prefix: route.attributes[""] for prefix, route in blackholes.routes.items()}
         assert len(table) <= 4
         assert all(r.deadline is None or r.deadline + BACKSTOP_GRACE > now.mono for r in blackholes.routes.values())
 
@@ -242,32 +247,43 @@ def greeted() -> Dialogue:
     dialogue = Dialogue()
     assert dialogue.take() == b"\nversion\n"
     for line in ("done", "error", "error", "exabgp 5.0.15", "done"):  # the first two were for a predecessor
-        assert dialogue.hear(line) == ""
+        assert dialogue.hear(line) is None
     assert dialogue.greeted
     assert not dialogue.unanswered
     return dialogue
 
 
+def tell_thousand(dialogue: Dialogue) -> None:
+    for n in range(1000):
+        dialogue.tell(Tell(f"announce {n:040}"))
+
+
 def test_answers_to_a_predecessor_do_not_count() -> None:
     dialogue = greeted()
-    dialogue.tell("announce A")
+    dialogue.tell(Tell("announce A"))
     assert dialogue.take() == b"announce A\n"
-    assert dialogue.hear("done") == ""
+    assert dialogue.hear("done") == Answer(Tell("announce A"), True, [])
     assert not dialogue.unanswered
 
 
-def test_a_refused_command_is_named() -> None:
+def test_a_refused_command_is_named_and_a_question_gets_its_lines() -> None:
     dialogue = greeted()
-    dialogue.tell("announce A")
-    dialogue.tell("announce B")
+    for text in ("announce A", "show B", "announce C"):
+        dialogue.tell(Tell(text))
     dialogue.take()
-    assert [dialogue.hear(line) for line in ("done", "error")] == ["", "announce B"]
+    answers = [dialogue.hear(line) for line in ("error", "line 1", "line 2", "done", "done")]
+    assert answers == [
+        Answer(Tell("announce A"), False, []),
+        None,
+        None,
+        Answer(Tell("show B"), True, ["line 1", "line 2"]),
+        Answer(Tell("announce C"), True, []),
+    ]
 
 
 def test_no_more_goes_out_than_the_window_until_answers_come() -> None:
     dialogue = greeted()
-    for n in range(1000):
-        dialogue.tell(f"announce {n:040}")
+    tell_thousand(dialogue)
     first = dialogue.take()
     assert Dialogue.WINDOW <= len(first) < Dialogue.WINDOW + 50
     assert dialogue.take() == b""
@@ -279,30 +295,201 @@ def test_no_more_goes_out_than_the_window_until_answers_come() -> None:
     assert dialogue.waiting_bytes == dialogue.unanswered_bytes == 0
 
 
-def test_a_command_that_is_never_answered_holds_nothing_up() -> None:
+def test_a_command_that_is_never_answered_holds_nothing_up_and_is_named() -> None:
     dialogue = greeted()
-    for n in range(1000):
-        dialogue.tell(f"announce {n:040}")
+    tell_thousand(dialogue)
     sent = dialogue.take().count(b"\n")
     for _ in range(sent - 10):  # ten get no answer
         dialogue.hear("done")
-    dialogue.take()
-    dialogue.silent()
-    assert dialogue.take().startswith(b"\n")  # an empty line makes it read and answer what is left
+    out = dialogue.take()
+    assert dialogue.silent() == ("", [])
+    assert dialogue.take() == b"\n"  # an empty line makes it read and answer what is left
     dialogue.hear("error")
-    dialogue.silent()
+    _, left = dialogue.silent()
+    assert len(left) == 9 + out.count(b"\n")
     assert not dialogue.unanswered
     assert dialogue.take()
 
 
 def test_without_any_answer_commands_go_out_all_the_same_and_the_log_says_why() -> None:
     dialogue = Dialogue()
-    for n in range(1000):
-        dialogue.tell(f"announce {n:040}")
+    tell_thousand(dialogue)
     dialogue.take()
-    messages = [dialogue.silent() for _ in range(10)]
+    messages = [dialogue.silent()[0] for _ in range(10)]
     assert ["ack = true" in message for message in messages].count(True) == 1
     assert dialogue.take().endswith(b"announce %040d\n" % 999)
+
+
+# ---------------------------------------------------------------- audits
+
+CONFIGURATION = """neighbor 10.9.9.1 {
+  local-address 10.9.9.254;
+  api {
+    processes [ rtbh-controller ];
+  }
+}
+neighbor 10.9.9.2 {
+  local-address 10.9.8.254;
+  api {
+    processes [ rtbh-controller ];
+  }
+}
+neighbor 10.9.9.3 {
+  local-address 10.9.8.254;
+  api {
+    processes [ ];
+  }
+}""".splitlines()
+
+
+def rib(address: str, prefix: str, communities: str = "community blackhole") -> str:
+    head = f"neighbor {address} local-ip 10.9.9.254 local-as 65001 peer-as 65000 router-id 10.9.9.254"
+    return f"{head} family-allowed in-open ipv4 unicast {prefix} next-hop 10.9.9.254 {communities}"
+
+
+def audit(blackholes: Blackholes, *table: str) -> list[Effect]:
+    """One whole audit whose answers are these lines of adj-RIB-out."""
+    questions = [effect for effect in blackholes.ask() if isinstance(effect, Tell)]
+    outputs = (CONFIGURATION, ["10.9.9.1  65000  0:00:05 established 7 2"], list(table))
+    effects = [blackholes.answered(q, True, output, NOW) for q, output in zip(questions, outputs)]
+    return [effect for answer in effects for effect in answer]
+
+
+def accept(blackholes: Blackholes, effects: list[Effect]) -> None:
+    for effect in effects:
+        if isinstance(effect, Tell):
+            blackholes.answered(effect, True, [], NOW)
+
+
+def test_an_audit_learns_the_neighbors_and_mends_what_differs() -> None:
+    blackholes = Blackholes(settings())
+    accept(blackholes, blackholes.line("announce 192.0.2.1", NOW))
+    accept(blackholes, blackholes.line("announce 192.0.2.2", NOW))
+    one = rib("10.9.9.1", "192.0.2.1/32"), rib("10.9.9.2", "192.0.2.1/32", "community 174:666")
+    effects = audit(blackholes, *one, rib("10.9.9.2", "192.0.2.2/32"), rib("10.9.9.2", "192.0.2.66/32"))
+    assert sorted(told(effects)) == [
+        f"neighbor 10.9.9.1 announce route 192.0.2.2/32 {ATTRIBUTES}",
+        f"neighbor 10.9.9.2 announce route 192.0.2.1/32 {ATTRIBUTES}",
+    ]
+    assert {address: n.state for address, n in blackholes.neighbors.items()} == {"10.9.9.1": "up", "10.9.9.2": "down"}
+    assert blackholes.others == {"192.0.2.66/32": ["10.9.9.2"]}
+    for address in ("10.9.9.1", "10.9.8.254"):
+        assert "whitelist" in logged(blackholes.line(f"announce {address}", NOW))[0]
+    assert "REFUSED 192.0.2.66/32: static" in logged(blackholes.line("announce 192.0.2.66", NOW))[0]
+    assert blackholes.ask() == []
+
+
+def test_what_changes_during_an_audit_is_left_alone() -> None:
+    blackholes = Blackholes(settings())
+    audit(blackholes)
+    for n in (1, 2):
+        accept(blackholes, blackholes.line(f"announce 192.0.2.{n}", NOW))
+    blackholes.audit_wanted = True
+    questions = [effect for effect in blackholes.ask() if isinstance(effect, Tell)]
+    blackholes.line("withdraw 192.0.2.1", NOW)
+    blackholes.line("announce 192.0.2.3", NOW)
+    table = [rib(a, f"192.0.2.{n}/32") for a in ("10.9.9.1", "10.9.9.2") for n in (1, 2)]
+    assert told(blackholes.answered(questions[2], True, table, NOW)) == []
+    assert blackholes.others == {}
+
+
+def test_a_session_that_comes_up_is_audited_and_sent_everything_again() -> None:
+    blackholes = Blackholes(settings())
+    accept(blackholes, audit(blackholes))
+    accept(blackholes, blackholes.line("announce 192.0.2.1", NOW))
+    assert blackholes.delivery("192.0.2.1/32") == {"10.9.9.1": "advertised", "10.9.9.2": "down"}
+    blackholes.session("10.9.9.2", "up", "", NOW)
+    assert blackholes.delivery("192.0.2.1/32")["10.9.9.2"] == "pending"
+    table = [rib(a, "192.0.2.1/32") for a in ("10.9.9.1", "10.9.9.2")]
+    assert told(audit(blackholes, *table)) == ["neighbor 10.9.9.2 flush adj-rib out"]
+    assert blackholes.delivery("192.0.2.1/32")["10.9.9.2"] == "advertised"
+
+
+def test_each_neighbor_gets_its_own_attributes() -> None:
+    blackholes = Blackholes(settings("[neighbor 10.9.9.2]\ncommunity = 174:666\n"))
+    audit(blackholes)
+    own = "next-hop self community [174:666]"
+    for verb in ("announce", "withdraw"):
+        effects = blackholes.line(f"{verb} 192.0.2.1", NOW)
+        assert told(effects) == [
+            f"neighbor 10.9.9.1 {verb} route 192.0.2.1/32 {ATTRIBUTES}",
+            f"neighbor 10.9.9.2 {verb} route 192.0.2.1/32 {own}",
+        ]
+
+
+# ---------------------------------------------------------------- the journal
+
+
+def journal_of(*lines: str, text: str = "", exabgp: str = "A") -> str:
+    """The journal of a controller that reads these lines."""
+    blackholes = Blackholes(settings(text))
+    effects = [Record({"do": "start", "at": NOW.wall, "exabgp": exabgp})]
+    for line in lines:
+        effects += [e for e in blackholes.line(line, NOW) if isinstance(e, Record)]
+        effects += [e for e in (blackholes.stop(NOW) if line == "STOP" else []) if isinstance(e, Record)]
+    return "".join(json.dumps(effect.content) + "\n" for effect in effects)
+
+
+LINES = (
+    "announce 192.0.2.1",
+    f"announce 192.0.2.2 until={NOW.wall + 60} id=x",
+    "announce 192.0.2.3",
+    "withdraw 192.0.2.3",
+)
+BOTH = {"192.0.2.1/32", "192.0.2.2/32"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "lines", "exabgp", "after", "held"),
+    [
+        ("crash", LINES, "A", 1.0, BOTH),  # the controller died alone
+        ("never", LINES, "A", 1.0, BOTH),
+        ("crash", LINES, "B", 1.0, BOTH),  # ExaBGP died
+        ("always", LINES, "B", 1.0, BOTH),
+        ("never", LINES, "B", 1.0, set()),
+        ("crash", LINES, "B", 61.0, {"192.0.2.1/32"}),  # the second one's time is over
+        ("crash", LINES, "B", 3601.0, set()),  # older than restore_max_age
+        ("always", LINES, "B", 3601.0, set()),
+        ("crash", LINES, "A", 3601.0, BOTH),
+        ("crash", (*LINES, "STOP"), "B", 1.0, set()),
+        ("crash", (*LINES, "STOP"), "A", 1.0, set()),
+        ("never", (*LINES, "STOP"), "B", 1.0, set()),
+        ("always", (*LINES, "STOP"), "B", 1.0, BOTH),
+        ("always", (*LINES, "STOP"), "A", 1.0, BOTH),
+    ],
+)
+def test_restore(policy: str, lines: tuple[str, ...], exabgp: str, after: float, held: set[str]) -> None:
+    blackholes = Blackholes(settings(f"[safety]\nrestore = {policy}"))
+    journal = read_journal(journal_of(*lines))
+    effects = restore(blackholes, journal, exabgp, later(after))
+    assert set(blackholes.routes) == held
+    assert told(effects) == []  # the audit announces what is missing
+    leftovers = {"192.0.2.3/32"} | (BOTH - held) if exabgp == "A" else set()
+    assert set(blackholes.gone) == leftovers
+    again = "".join(json.dumps(record) + "\n" for record in snapshot(blackholes, exabgp, later(after)))
+    assert read_journal(again).routes.keys() == held
+    assert read_journal(again).gone.keys() == leftovers
+
+
+def test_a_restored_end_is_never_further_away_than_it_was_long() -> None:
+    blackholes = Blackholes(settings())
+    stepped = Now(NOW.wall - 86400, 5.0)
+    restore(blackholes, read_journal(journal_of(*LINES)), "B", stepped)
+    assert blackholes.routes["192.0.2.2/32"].deadline == 65.0
+
+
+def test_a_restored_route_that_is_protected_by_now_is_withdrawn() -> None:
+    blackholes = Blackholes(settings("[safety]\nwhitelist = 192.0.2.1"))
+    effects = restore(blackholes, read_journal(journal_of(*LINES)), "A", later(1))
+    assert told(effects) == [f"withdraw route 192.0.2.1/32 {ATTRIBUTES}"]
+
+
+@given(st.integers(0, 600), st.binary(max_size=20))
+def test_a_torn_journal_gives_what_was_whole(cut: int, noise: bytes) -> None:
+    text = journal_of(*LINES)
+    whole = [line for line in text[:cut].splitlines(keepends=True) if line.endswith("\n")]
+    torn = read_journal(text[:cut] + noise.decode("latin-1").replace("\n", ""))
+    assert torn.routes.keys() >= read_journal("".join(whole)).routes.keys() - {"192.0.2.3/32"}
 
 
 # ---------------------------------------------------------------- settings

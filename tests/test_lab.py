@@ -167,9 +167,10 @@ def test_the_example_settings_are_the_defaults_and_name_every_key() -> None:
 
 def test_commented_settings_are_valid_too(directory: Path) -> None:
     text = (ROOT / "etc" / "rtbh.conf").read_text()
-    text = re.sub(r"^#(\w+ =|    )", r"\1", text, flags=re.MULTILINE).replace("token = your", "#token = your")
+    text = re.sub(r"^#(\w+ =|    |\[neighbor)", r"\1", text, flags=re.MULTILINE).replace("token = your", "#token = your")
     path = directory / "rtbh.conf"
     path.write_text(text)
     settings, warnings = load_settings(str(path))
     assert settings.safety.allowed
+    assert settings.bgp_of("203.0.113.1").community == ("65535:666", "3356:9999")
     assert not warnings
