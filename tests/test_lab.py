@@ -167,7 +167,8 @@ def test_the_example_settings_are_the_defaults_and_name_every_key() -> None:
 
 def test_commented_settings_are_valid_too(directory: Path) -> None:
     text = (ROOT / "etc" / "rtbh.conf").read_text()
-    text = re.sub(r"^#(\w+ =|    |\[neighbor)", r"\1", text, flags=re.MULTILINE).replace("token = your", "#token = your")
+    text = re.sub(r"^#(\w+ =|    |\[neighbor)", r"\1", text, flags=re.MULTILINE)
+    text = text.replace("token = your", "#token = your")
     path = directory / "rtbh.conf"
     path.write_text(text)
     settings, warnings = load_settings(str(path))
