@@ -40,7 +40,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Union
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
@@ -319,12 +319,16 @@ def parse_settings(text: str) -> tuple[Settings, list[str]]:
     return Settings(Paths(**found["paths"]), bgp, Safety(**found["safety"]), webhook, overrides), faults
 
 
+def config_path(path: str | None) -> str:
+    return path or os.environ.get("RTBH_CONFIG") or DEFAULT_CONFIG
+
+
 def load_settings(path: str | None, ignore: str = "") -> tuple[Settings, list[str]]:
     """Settings from `path`, else $RTBH_CONFIG, else the default path, which alone may be missing.
 
     Faults whose section is `ignore` are returned as warnings. Raises SettingsError for the others.
     """
-    path = path or os.environ.get("RTBH_CONFIG") or DEFAULT_CONFIG
+    path = config_path(path)
     try:
         with open(path, encoding="utf-8") as file:
             settings, faults = parse_settings(file.read())
@@ -489,11 +493,29 @@ class Log(NamedTuple):
 
 
 class Tell(NamedTuple):
-    """Effect: give this command to ExaBGP. `prefix` is what it is about; `repair`: it mends what an audit found."""
+    """Effect: give this command to ExaBGP.
 
-    text: str
+    About a route, `head` says who is told what (`neighbor A announce`); otherwise it is the whole
+    command. `repair`: it mends what an audit found.
+    """
+
+    head: str
     prefix: str = ""
+    attributes: str = ""
     repair: bool = False
+
+    def joins(self, other: Tell) -> bool:
+        """Whether both may stand in one list: one list of one family with the same attributes keeps the order."""
+        same = self.prefix and other.prefix and (":" in self.prefix) == (":" in other.prefix)
+        return bool(same) and self.head == other.head and self.attributes == other.attributes
+
+
+def render(commands: Sequence[Tell]) -> str:
+    """The line for ExaBGP: the plain form for one command, a list for several that may stand in one."""
+    first = commands[0]
+    if len(commands) > 1:
+        return f"{first.head} attributes {first.attributes} nlri {' '.join(c.prefix for c in commands)}"
+    return f"{first.head} route {first.prefix} {first.attributes}" if first.prefix else first.head
 
 
 class Record(NamedTuple):
@@ -558,6 +580,7 @@ class Blackholes:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.routes: dict[str, Route] = {}
+        self.texts: dict[str, str] = {}  # what is published of each
         self.gone: dict[str, Attributes] = {}  # withdrawn, but perhaps still in ExaBGP's adj-RIB-out
         self.others: dict[str, list[str]] = {}  # in adj-RIB-out but not ours: prefix and neighbors
         self.neighbors: dict[str, Neighbor] = {}
@@ -689,8 +712,8 @@ class Blackholes:
 
     def answered(self, command: Tell, accepted: bool, output: list[str], now: Now) -> list[Effect]:
         """ExaBGP has answered a command."""
-        if command.text in QUESTIONS:
-            return self.learn(command.text, output, now) if accepted else self.question_failed(now)
+        if command.head in QUESTIONS:
+            return self.learn(command.head, output, now) if accepted else self.question_failed(now)
         prefix = command.prefix
         if not prefix:
             return []
@@ -704,7 +727,7 @@ class Blackholes:
             return []
         self.refused.add(prefix)
         self.audit_wanted = self.audit_wanted or not command.repair
-        return [self.note(now, f"ERROR: ExaBGP refused: {command.text}")]
+        return [self.note(now, f"ERROR: ExaBGP refused: {render([command])}")]
 
     def never_answered(self, commands: Iterable[Tell], now: Now) -> list[Effect]:
         """ExaBGP has left these commands without an answer: ask what became of them."""
@@ -713,7 +736,7 @@ class Blackholes:
             if self.unanswered[command.prefix] <= 0:
                 del self.unanswered[command.prefix]
             self.audit_wanted = self.audit_wanted or not command.repair
-            self.auditing = self.auditing and command.text not in QUESTIONS
+            self.auditing = self.auditing and command.head not in QUESTIONS
         return [self.note(now, "ERROR: ExaBGP left commands unanswered; asking what it holds")]
 
     # -- audits
@@ -810,6 +833,7 @@ class Blackholes:
 
     def hold(self, route: Route) -> list[Effect]:
         self.routes[route.prefix] = route
+        self.texts[route.prefix] = json.dumps(route.record())[:-1]
         self.gone.pop(route.prefix, None)
         return [Record({"do": "announce", "at": route.announced_at, "route": route.record()})]
 
@@ -831,7 +855,7 @@ class Blackholes:
         effects: list[Effect] = []
         for text, addresses in groups.items():
             whom = ", ".join(f"neighbor {address}" for address in addresses)
-            effects.append(Tell(f"{whom} {verb} route {prefix} {text}".lstrip(), prefix, repair))
+            effects.append(Tell(f"{whom} {verb}".lstrip(), prefix, text, repair))
         self.unanswered[prefix] += len(effects)
         return effects
 
@@ -948,7 +972,7 @@ def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> 
         deadline = None
         if route.until is not None:  # the clock may have been stepped: never longer than it was to last
             deadline = now.mono + min(route.until - now.wall, route.until - route.announced_at)
-        blackholes.routes[route.prefix] = dataclasses.replace(route, deadline=deadline)
+        blackholes.hold(dataclasses.replace(route, deadline=deadline))
     if journal.routes:
         kept = len(blackholes.routes)
         forgotten = f", {len(journal.routes) - kept} not: {why or 'their time is over'}"
@@ -972,19 +996,30 @@ def snapshot(blackholes: Blackholes, exabgp: str, now: Now) -> list[dict[str, An
 
 
 def publication(blackholes: Blackholes, version: str, now: Now) -> str:
-    """The published state as JSON; all times in seconds since the epoch."""
-    routes = [route.record() | {"neighbors": blackholes.delivery(route.prefix)} for route in blackholes.routes.values()]
-    others = [
-        {"prefix": prefix, "source": "other", "announced_at": None, "until": None, "id": "", "reason": ""}
-        | {"neighbors": dict.fromkeys(addresses, "advertised")}
+    """The published state as JSON; all times in seconds since the epoch.
+
+    Most routes of a large table are as they were: their text is kept, and only put together here.
+    """
+    usual = json.dumps(blackholes.delivery(""))
+    special = blackholes.unanswered.keys() | blackholes.refused
+    routes = [
+        f'{blackholes.texts[prefix]}, "neighbors": '
+        f"{json.dumps(blackholes.delivery(prefix)) if prefix in special else usual}}}"
+        for prefix in blackholes.routes
+    ]
+    routes += [
+        json.dumps(
+            {"prefix": prefix, "source": "other", "announced_at": None, "until": None, "id": "", "reason": ""}
+            | {"neighbors": dict.fromkeys(addresses, "advertised")}
+        )
         for prefix, addresses in blackholes.others.items()
     ]
     neighbors = {address: {"state": n.state, "since": n.since} for address, n in blackholes.neighbors.items()}
-    safety = blackholes.settings.safety
-    return json.dumps(
+    head = json.dumps(
         {"heartbeat": now.wall, "pid": os.getpid(), "exabgp": version, "neighbors": neighbors}
-        | {"routes": routes + others, "recent": list(blackholes.recent), "limits": {"max_routes": safety.max_routes}}
+        | {"recent": list(blackholes.recent), "limits": {"max_routes": blackholes.settings.safety.max_routes}}
     )
+    return f'{head[:-1]}, "routes": [{", ".join(routes)}]}}'
 
 
 # ---------------------------------------------------------------- what is said to ExaBGP, and answered
@@ -994,9 +1029,9 @@ NUDGE = Tell("")
 
 
 class Answer(NamedTuple):
-    """ExaBGP's answer to a command, with the lines it printed for a question."""
+    """ExaBGP's answer to what one line held, with the lines it printed for a question."""
 
-    command: Tell
+    commands: list[Tell]
     accepted: bool
     output: list[str]
 
@@ -1012,6 +1047,7 @@ class Dialogue:
     """
 
     WINDOW = 12 * 1024  # bytes
+    LIST = 100  # prefixes in one line, when so many wait: ExaBGP takes twice as many a second that way
     SILENCE = 1.0  # seconds
     PATIENCE = 5  # silences before a greeting counts as never to be answered
 
@@ -1021,27 +1057,26 @@ class Dialogue:
         self.answers = True  # False: nothing answers (acknowledgements are off), so nothing waits for answers
         self.silences = 0
         self.waiting: deque[Tell] = deque([NUDGE, Tell("version")])
-        self.waiting_bytes = len("\nversion\n")
-        self.unanswered: deque[Tell] = deque()
+        self.unanswered: deque[tuple[list[Tell], int]] = deque()  # what a line holds, and its bytes
         self.output: list[str] = []  # of a question, until its `done`
         self.unanswered_bytes = 0
         self.nudged = self.heard_since_nudge = False
 
     def tell(self, command: Tell) -> None:
         self.waiting.append(command)
-        self.waiting_bytes += len(command.text) + 1
 
     def take(self) -> bytes:
-        """The commands that may be written now."""
+        """The lines that may be written now."""
         out = []
         while self.waiting and (self.unanswered_bytes < self.WINDOW or not self.answers or self.waiting[0] is NUDGE):
-            command = self.waiting.popleft()
-            size = len(command.text) + 1
-            self.waiting_bytes -= size
+            commands = [self.waiting.popleft()]
+            while self.waiting and len(commands) < self.LIST and commands[0].joins(self.waiting[0]):
+                commands.append(self.waiting.popleft())
+            line = render(commands) + "\n"
             if self.answers:
-                self.unanswered.append(command)
-                self.unanswered_bytes += size
-            out.append(command.text + "\n")
+                self.unanswered.append((commands, len(line)))
+                self.unanswered_bytes += len(line)
+            out.append(line)
         return "".join(out).encode("ascii")
 
     def hear(self, line: str) -> Answer | None:
@@ -1052,7 +1087,7 @@ class Dialogue:
         if not self.greeted:
             if self.version and line == "done":
                 self.greeted = self.answers = True
-                while self.unanswered and self.forget().text != "version":
+                while self.unanswered and self.forget()[0].head != "version":
                     pass
             return None
         if line not in ("done", "error"):
@@ -1061,14 +1096,14 @@ class Dialogue:
         output, self.output = self.output, []
         if not self.unanswered:
             return None
-        command = self.forget()
-        self.nudged = self.nudged and command is not NUDGE
-        return Answer(command, line == "done", output)
+        commands = self.forget()
+        self.nudged = self.nudged and commands[0] is not NUDGE
+        return Answer(commands, line == "done", output)
 
-    def forget(self) -> Tell:
-        command = self.unanswered.popleft()
-        self.unanswered_bytes -= len(command.text) + 1
-        return command
+    def forget(self) -> list[Tell]:
+        commands, size = self.unanswered.popleft()
+        self.unanswered_bytes -= size
+        return commands
 
     def silent(self) -> tuple[str, list[Tell]]:
         """To be called after each SILENCE seconds without an answer.
@@ -1083,14 +1118,13 @@ class Dialogue:
             why = "ERROR: ExaBGP answers nothing, so refusals go unseen: set ack = true in [exabgp.api] of exabgp.env"
             return why, []
         if self.nudged and self.heard_since_nudge:  # it has read all there was: what it left unanswered stays so
-            left = [command for command in self.unanswered if command is not NUDGE]
+            left = [command for commands, _ in self.unanswered for command in commands if command is not NUDGE]
             self.unanswered.clear()
             self.unanswered_bytes, self.nudged, self.output = 0, False, []
             return "", left
         if self.unanswered and not self.nudged:
             self.nudged, self.heard_since_nudge = True, False
             self.waiting.appendleft(NUDGE)
-            self.waiting_bytes += 1
         return "", []
 
 
@@ -1313,7 +1347,7 @@ def open_pipe(path: str, log: Callable[[str], None]) -> int:
 class Loop:
     """Moves bytes between the pipe, ExaBGP and the decisions; the only place that waits, and never for long."""
 
-    QUEUE = 256 * 1024  # bytes of commands waiting for ExaBGP above which the pipe is not read: its writers wait
+    QUEUE = 5_000  # commands waiting for ExaBGP above which the pipe is not read: its writers wait
     STOP = 1.5  # seconds for the last withdrawals; ExaBGP 5.0 kills its process after 2
 
     def __init__(self, settings: Settings, config: str | None, log: Logger) -> None:
@@ -1321,6 +1355,7 @@ class Loop:
         self.blackholes = Blackholes(settings)
         self.journal = JournalFile(settings.paths.journal, log)
         self.exabgp = parent_process()
+        self.messages: list[str] = []  # to be logged once the commands are written: ExaBGP comes first
         self.records: list[dict[str, Any]] = []  # to be appended before the next commands are written
         self.dialogue = Dialogue()
         self.publish = Publisher(settings.paths.state_file, log)
@@ -1353,13 +1388,20 @@ class Loop:
         while self.running:
             self.housekeeping()
             self.write_exabgp()
+            self.write_log()
             self.publish_state()
             for key, _ in self.selector.select(self.pause()):
                 key.data()
                 if not self.running:
                     break
+        self.write_log()
         self.log("RTBH controller stopped")
         return 0
+
+    def write_log(self) -> None:
+        for message in self.messages:
+            self.log(message)
+        self.messages.clear()
 
     def now(self) -> Now:
         return Now(time.time(), time.monotonic())
@@ -1379,7 +1421,7 @@ class Loop:
             elif isinstance(effect, Record):
                 self.records.append(effect.content)
             else:
-                self.log(effect.text)
+                self.messages.append(effect.text)
 
     def housekeeping(self) -> None:
         now = self.now()
@@ -1408,7 +1450,7 @@ class Loop:
             self.apply(self.blackholes.expire(now))
         if self.started and self.dialogue.greeted:
             self.apply(self.blackholes.ask())
-        full = self.dialogue.waiting_bytes > self.QUEUE
+        full = len(self.dialogue.waiting) > self.QUEUE
         listening = self.pipe >= 0 and self.pipe in self.selector.get_map()
         if listening and full:
             self.selector.unregister(self.pipe)
@@ -1452,6 +1494,7 @@ class Loop:
     def take_over(self) -> None:
         """Learn what a predecessor held, and begin a journal of our own."""
         now = self.now()
+        LastGood(self.settings.paths.state_dir, self.exabgp).write(self.config)
         journal = read_journal(self.journal.read())
         alive_at = read_state(self.settings.paths.state_file).get("heartbeat", 0.0)
         effects = restore(self.blackholes, journal._replace(at=max(journal.at, alive_at)), self.exabgp, now)
@@ -1489,7 +1532,8 @@ class Loop:
                 answer = self.dialogue.hear(line)
                 if answer:
                     self.changed = True
-                    self.apply(self.blackholes.answered(*answer, now))
+                    for command in answer.commands:
+                        self.apply(self.blackholes.answered(command, answer.accepted, answer.output, now))
 
     def write_exabgp(self) -> None:
         if self.records:
@@ -1541,6 +1585,7 @@ class Loop:
             warnings.append("[paths] changes take effect when ExaBGP is restarted")
             settings = dataclasses.replace(settings, paths=self.settings.paths)
         self.settings = settings
+        LastGood(settings.paths.state_dir, self.exabgp).write(self.config)
         self.log("Settings reloaded")
         for warning in warnings:
             self.log(f"WARNING: {warning}")
@@ -1595,6 +1640,41 @@ def clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
+class LastGood:
+    """The settings that this ExaBGP's controllers have run with, kept for the next one."""
+
+    def __init__(self, state_dir: str, exabgp: str) -> None:
+        self.path, self.head = os.path.join(state_dir, "last-good.conf"), f"# {exabgp}\n"
+
+    def read(self) -> Settings | None:
+        """The settings, None when there are none or when they are from before ExaBGP's start."""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            with open(self.path, encoding="utf-8") as file:
+                text = file.read()
+            if text.startswith(self.head):
+                return parse_settings(text)[0]
+        return None
+
+    def write(self, config: str | None) -> None:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            with open(config_path(config), encoding="utf-8") as file:
+                text = file.read()
+            descriptor = os.open(f"{self.path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(self.head + text)
+            os.replace(f"{self.path}.new", self.path)
+
+
+def last_good_settings(config: str | None) -> Settings | None:
+    """What a controller that is started again by its ExaBGP falls back on, when the file can't be used now."""
+    try:
+        with open(config_path(config), encoding="utf-8") as file:
+            state_dir = parse_settings(file.read())[0].paths.state_dir
+    except (OSError, UnicodeDecodeError):
+        state_dir = Paths().state_dir
+    return LastGood(state_dir, parent_process()).read()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="rtbh-controller", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -1607,7 +1687,10 @@ def main() -> int:
         settings, warnings = load_settings(options.config, ignore="" if options.check else "webhook")
     except SettingsError as error:
         print(f"rtbh-controller: {error}", file=sys.stderr)
-        return 1
+        last_good = None if options.check or options.status else last_good_settings(options.config)
+        if last_good is None:
+            return 1
+        settings, warnings = last_good, [f"the settings can't be used, the last good ones are in force: {error}"]
     if options.status:
         return print_status(settings.paths.state_file)
     if options.check:

@@ -255,7 +255,7 @@ class Trio:
 process rtbh-controller {{ run /bin/sh {controller}; encoder text; }}
 neighbor 127.0.0.1 {{
   router-id 127.0.0.2; local-address 127.0.0.2; local-as 65001; peer-as 65000;
-  hold-time {self.hold_time}; connect {self.upstream_port};
+  hold-time {self.hold_time}; connect {self.upstream_port}; group-updates false;
   family {{ ipv4 unicast; ipv6 unicast; }}
   api {{ processes [ rtbh-controller ]; neighbor-changes; }}
 }}

@@ -78,6 +78,22 @@ def test_sighup_puts_new_settings_in_force_whole_or_not_at_all(newest_exabgp: st
     assert trio.state()["pid"] == controller
 
 
+def test_a_typo_and_then_a_death_leave_the_last_good_settings_in_force(
+    newest_exabgp: str, start_trio: StartTrio
+) -> None:
+    trio, upstream = start_trio(newest_exabgp, "[safety]\nwhitelist = 192.0.2.1\n")
+    trio.echo("announce 192.0.2.2")
+    wait_for("the route", lambda: holds(upstream, "192.0.2.2/32"))
+    first = trio.state()["pid"]
+    trio.write_settings("[safety]\nwhitelist = 192.0.2.1/8\n")
+    os.kill(first, signal.SIGKILL)
+    wait_for("its successor", lambda: trio.state()["pid"] != first)
+    trio.wait_for_log("the last good ones are in force: ")
+    trio.echo("announce 192.0.2.1", "announce 192.0.2.3")
+    wait_for("the route", lambda: holds(upstream, "192.0.2.2/32", "192.0.2.3/32"))
+    assert "REFUSED 192.0.2.1/32: whitelist" in trio.log_text()
+
+
 def test_a_plain_file_in_the_pipes_place_is_moved_aside_and_never_executed(
     newest_exabgp: str, start_trio: StartTrio
 ) -> None:

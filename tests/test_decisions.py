@@ -27,6 +27,7 @@ from rtbh_controller import (
     parse_settings,
     publication,
     read_journal,
+    render,
     restore,
     snapshot,
 )
@@ -46,7 +47,7 @@ def settings(text: str = "") -> Settings:
 
 
 def told(effects: list[Effect]) -> list[str]:
-    return [effect.text for effect in effects if isinstance(effect, Tell)]
+    return [render([effect]) for effect in effects if isinstance(effect, Tell)]
 
 
 def logged(effects: list[Effect]) -> list[str]:
@@ -262,7 +263,7 @@ def test_answers_to_a_predecessor_do_not_count() -> None:
     dialogue = greeted()
     dialogue.tell(Tell("announce A"))
     assert dialogue.take() == b"announce A\n"
-    assert dialogue.hear("done") == Answer(Tell("announce A"), True, [])
+    assert dialogue.hear("done") == Answer([Tell("announce A")], True, [])
     assert not dialogue.unanswered
 
 
@@ -273,11 +274,11 @@ def test_a_refused_command_is_named_and_a_question_gets_its_lines() -> None:
     dialogue.take()
     answers = [dialogue.hear(line) for line in ("error", "line 1", "line 2", "done", "done")]
     assert answers == [
-        Answer(Tell("announce A"), False, []),
+        Answer([Tell("announce A")], False, []),
         None,
         None,
-        Answer(Tell("show B"), True, ["line 1", "line 2"]),
-        Answer(Tell("announce C"), True, []),
+        Answer([Tell("show B")], True, ["line 1", "line 2"]),
+        Answer([Tell("announce C")], True, []),
     ]
 
 
@@ -292,7 +293,7 @@ def test_no_more_goes_out_than_the_window_until_answers_come() -> None:
         dialogue.hear("done")
         out += dialogue.take()
     assert out == b"".join(b"announce %040d\n" % n for n in range(1000))
-    assert dialogue.waiting_bytes == dialogue.unanswered_bytes == 0
+    assert dialogue.unanswered_bytes == 0
 
 
 def test_a_command_that_is_never_answered_holds_nothing_up_and_is_named() -> None:
@@ -309,6 +310,27 @@ def test_a_command_that_is_never_answered_holds_nothing_up_and_is_named() -> Non
     assert len(left) == 9 + out.count(b"\n")
     assert not dialogue.unanswered
     assert dialogue.take()
+
+
+@given(st.lists(st.tuples(st.sampled_from(["announce", "withdraw"]), st.integers(1, 9), st.booleans()), max_size=300))
+def test_lists_say_the_same_as_single_commands_in_the_same_order(operations: list[tuple[str, int, bool]]) -> None:
+    dialogue = greeted()
+    singles = []
+    for verb, n, six in operations:
+        prefix = f"2001:db8::{n}/128" if six else f"192.0.2.{n}/32"
+        singles.append((verb, prefix))
+        dialogue.tell(Tell(verb, prefix, ATTRIBUTES))
+    said = []
+    for line in dialogue.take().decode().splitlines():
+        verb, form, rest = line.split(" ", 2)
+        prefixes = rest.split(" nlri ")[1].split() if form == "attributes" else [rest.split()[0]]
+        assert ATTRIBUTES in rest
+        assert len({":" in prefix for prefix in prefixes}) == 1  # one family
+        said += [(verb, prefix) for prefix in prefixes]
+        answer = dialogue.hear("done")
+        assert answer is not None
+        assert [command.prefix for command in answer.commands] == prefixes
+    assert said == singles
 
 
 def test_without_any_answer_commands_go_out_all_the_same_and_the_log_says_why() -> None:
