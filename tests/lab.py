@@ -131,10 +131,11 @@ def read_event_line(line: str) -> list[Event]:
 class Upstream:
     """An upstream router: ExaBGP in passive mode, its UPDATEs recorded in a file."""
 
-    def __init__(self, directory: Path, exabgp: str, hold_time: int = 90) -> None:
-        self.directory, self.exabgp, self.hold_time = directory, exabgp, hold_time
-        self.port = free_port()
-        self.record = directory / "upstream.jsonl"
+    def __init__(self, directory: Path, exabgp: str, hold_time: int = 90, address: str = "127.0.0.1") -> None:
+        self.directory, self.exabgp, self.hold_time, self.address = directory, exabgp, hold_time, address
+        self.port = free_port(address)
+        self.name = f"upstream-{address}"
+        self.record = directory / f"{self.name}.jsonl"
         self.events: list[Event] = []
         self.file: IO[str] | None = None
         self.partial = ""
@@ -142,33 +143,34 @@ class Upstream:
     def start(self) -> None:
         self.record.touch()
         self.file = self.file or self.record.open(encoding="utf-8")
-        recorder = script(self.directory / "recorder.sh", [sys.executable, __file__, "--record", str(self.record)])
-        (self.directory / "upstream.conf").write_text(
+        recorder = script(self.directory / f"{self.name}.sh", [sys.executable, __file__, "--record", str(self.record)])
+        configuration = self.directory / f"{self.name}.conf"
+        configuration.write_text(
             f"""\
 process recorder {{ run /bin/sh {recorder}; encoder json; }}
 neighbor 127.0.0.2 {{
-  router-id 127.0.0.1; local-address 127.0.0.1; local-as 65000; peer-as 65001;
+  router-id {self.address}; local-address {self.address}; local-as 65000; peer-as 65001;
   hold-time {self.hold_time}; passive true;
   family {{ ipv4 unicast; ipv6 unicast; }}
   api {{ processes [ recorder ]; neighbor-changes; receive {{ parsed; update; }} }}
 }}
 """
         )
-        environment = exabgp_environment(exabgp_tcp_bind="127.0.0.1", exabgp_tcp_port=str(self.port))
+        environment = exabgp_environment(exabgp_tcp_bind=self.address, exabgp_tcp_port=str(self.port))
         self.process = Process(
             "the upstream ExaBGP",
-            [self.exabgp, str(self.directory / "upstream.conf")],
-            self.directory / "upstream.log",
+            [self.exabgp, str(configuration)],
+            self.directory / f"{self.name}.log",
             environment,
         )
 
         def listening() -> bool:
             self.process.check()
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            with contextlib.suppress(OSError), socket.create_connection((self.address, self.port), 1):
                 return True
             return False
 
-        wait_for(f"the upstream to listen on 127.0.0.1:{self.port}", listening)
+        wait_for(f"the upstream to listen on {self.address}:{self.port}", listening)
 
     def stop(self) -> None:
         self.process.stop()
@@ -221,12 +223,15 @@ class Trio:
     """ExaBGP with the controller, and the receiver, in a directory of their own."""
 
     def __init__(self, directory: Path, exabgp: str, upstream_port: int, settings: str = "", port: int = 0) -> None:
-        self.directory, self.exabgp, self.upstream_port = directory, exabgp, upstream_port
+        self.directory, self.exabgp = directory, exabgp
+        self.upstreams = {"127.0.0.1": upstream_port}
         self.pipe = directory / "rtbh.pipe"
         self.config = directory / "rtbh.conf"
         self.state_file = directory / "state.json"
         self.token = secrets.token_hex(16)
         self.hold_time = 90
+        self.static = ""
+        self.patience = START
         self.port = port
         self.webhook_settings = ""
         self.settings = settings or "[bgp]\nnext_hop_ipv6 = 100::1\n"
@@ -249,25 +254,9 @@ class Trio:
     def start_exabgp(self) -> None:
         self.write_settings(self.settings)
         command = [sys.executable, str(ROOT / "rtbh_controller.py"), "--config", str(self.config)]
-        controller = script(self.directory / "controller.sh", command)
-        (self.directory / "exabgp.conf").write_text(
-            f"""\
-process rtbh-controller {{ run /bin/sh {controller}; encoder text; }}
-neighbor 127.0.0.1 {{
-  router-id 127.0.0.2; local-address 127.0.0.2; local-as 65001; peer-as 65000;
-  hold-time {self.hold_time}; connect {self.upstream_port}; group-updates false;
-  family {{ ipv4 unicast; ipv6 unicast; }}
-  api {{ processes [ rtbh-controller ]; neighbor-changes; }}
-}}
-"""
-        )
-        self.daemon = Process(
-            "ExaBGP",
-            [self.exabgp, str(self.directory / "exabgp.conf")],
-            self.directory / "exabgp.log",
-            exabgp_environment(),
-        )
-
+        controller = self.controller = script(self.directory / "controller.sh", command)
+        self.write_configuration(controller)
+        self.run_exabgp()
         begin = time.time()
 
         def up() -> bool:
@@ -278,9 +267,34 @@ neighbor 127.0.0.1 {{
             return state.get("heartbeat", 0) > begin and "up" in sessions
 
         try:
-            wait_for("the BGP session to come up", up)
+            wait_for("the BGP session to come up", up, self.patience)
         except LabError as error:
             raise LabError(f"{error}\n  {self.words('exabgp.log')}\n  {self.words('rtbh-controller.log')}") from None
+
+    def run_exabgp(self) -> None:
+        self.daemon = Process(
+            "ExaBGP",
+            [self.exabgp, str(self.directory / "exabgp.conf")],
+            self.directory / "exabgp.log",
+            exabgp_environment(),
+        )
+
+    def write_configuration(self, controller: Path) -> None:
+        """Write exabgp.conf with a neighbor for each upstream."""
+        neighbors = [
+            f"""\
+neighbor {address} {{
+  router-id 127.0.0.2; local-address 127.0.0.2; local-as 65001; peer-as 65000;
+  hold-time {self.hold_time}; connect {port}; group-updates false;
+  family {{ ipv4 unicast; ipv6 unicast; }}
+  api {{ processes [ rtbh-controller ]; neighbor-changes; }}
+  static {{ {self.static} }}
+}}
+"""
+            for address, port in self.upstreams.items()
+        ]
+        process = f"process rtbh-controller {{ run /bin/sh {controller}; encoder text; }}\n"
+        (self.directory / "exabgp.conf").write_text(process + "".join(neighbors))
 
     def start_receiver(self) -> None:
         log = self.directory / "receiver.out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,3 +124,132 @@ def test_a_full_disk_stops_nothing(newest_exabgp: str, start_trio: StartTrio) ->
     wait_for("the route", lambda: set(upstream.table()) == {"192.0.2.1/32"})
     journal.with_name("journal.new").unlink()
     trio.wait_for_log("The journal is written again")
+
+
+# ---------------------------------------------------------------- life and death
+
+
+def restart_exabgp(trio: Trio, number: signal.Signals) -> None:
+    assert trio.daemon is not None
+    trio.daemon.stop(number)
+    trio.start_exabgp()
+
+
+def advertised(trio: Trio) -> set[str]:
+    return {r["prefix"] for r in trio.state()["routes"] if set(r["neighbors"].values()) == {"advertised"}}
+
+
+@pytest.mark.parametrize(
+    ("restore", "number", "back"),
+    [
+        ("crash", signal.SIGKILL, True),
+        ("crash", signal.SIGTERM, False),
+        ("always", signal.SIGTERM, True),
+        ("never", signal.SIGKILL, False),
+    ],
+)
+def test_restore(exabgp: str, start_trio: StartTrio, restore: str, number: signal.Signals, back: bool) -> None:
+    trio, upstream = start_trio(exabgp, f"[safety]\nrestore = {restore}\n")
+    soon, later = time.time() + 1, time.time() + 600
+    trio.echo(
+        "announce 192.0.2.1", f"announce 192.0.2.2 until={later:.3f} id=b", f"announce 192.0.2.3 until={soon:.3f} id=c"
+    )
+    wait_for("three", lambda: len(upstream.table()) == 3)
+    assert trio.daemon is not None
+    trio.daemon.stop(number)
+    wait_for("the router to lose them", lambda: not upstream.table())
+    wait_for("the third one's end", lambda: time.time() > soon)
+    trio.start_exabgp()
+    expected = {"192.0.2.1/32", "192.0.2.2/32"} if back else set()
+    wait_for("what comes back", lambda: advertised(trio) == expected == set(upstream.table()))
+    trio.echo("announce 192.0.2.9")
+    wait_for("the next", lambda: set(upstream.table()) == expected | {"192.0.2.9/32"})
+    trio.echo("withdraw-all")  # what came back is owned again
+    wait_for("nothing", lambda: not upstream.table())
+
+
+def test_a_neighbor_added_by_a_reload_gets_what_is_held_with_its_own_attributes(
+    exabgp: str, start_trio: StartTrio
+) -> None:
+    trio, first = start_trio(exabgp, "[neighbor 127.0.0.3]\ncommunity = 65535:666 174:666\n")
+    trio.echo("announce 192.0.2.1", "announce 192.0.2.2")
+    wait_for("two", lambda: len(first.table()) == 2)
+    second = Upstream(trio.directory, exabgp, address="127.0.0.3")
+    second.start()
+    try:
+        trio.upstreams["127.0.0.3"] = second.port
+        trio.write_configuration(trio.controller)
+        assert trio.daemon is not None
+        trio.daemon.send(signal.SIGUSR1)
+        wait_for("both at the new one", lambda: second.table().keys() == {"192.0.2.1/32", "192.0.2.2/32"})
+        trio.echo("announce 192.0.2.3", "withdraw 192.0.2.1")
+        both = {"192.0.2.2/32", "192.0.2.3/32"}
+        wait_for("the same at both", lambda: first.table().keys() == second.table().keys() == both)
+        assert {event.communities for event in first.table().values()} == {("65535:666",)}
+        own = {tuple(sorted(event.communities)) for event in second.table().values()}
+        assert own == {("174:666", "65535:666")}
+        wait_for("the state", lambda: advertised(trio) == {"192.0.2.2/32", "192.0.2.3/32"})
+        second.restart()
+        wait_for("all again", lambda: second.table().keys() == {"192.0.2.2/32", "192.0.2.3/32"}, 30)
+        trio.echo("withdraw-all")
+        wait_for("none at both", lambda: not first.table() and not second.table())
+    finally:
+        second.stop()
+
+
+def test_static_routes_are_counted_and_left_alone(exabgp: str, directory: Path) -> None:
+    upstream = Upstream(directory, exabgp)
+    trio = Trio(directory, exabgp, upstream.port, "[safety]\nmax_routes = 2\n")
+    trio.static = "route 192.0.2.66/32 next-hop self community [65535:666];"
+    upstream.start()
+    try:
+        trio.start_exabgp()
+        wait_for("the static one", lambda: "192.0.2.66/32" in str(trio.state()["routes"]))
+        assert trio.state()["routes"][0]["source"] == "other"
+        trio.echo("announce 192.0.2.66", "announce 192.0.2.1", "announce 192.0.2.2")
+        trio.wait_for_log("REFUSED 192.0.2.66/32: static")
+        trio.wait_for_log("REFUSED 192.0.2.2/32: max_routes: 2 routes are held")
+        wait_for("one more", lambda: upstream.table().keys() == {"192.0.2.1/32", "192.0.2.66/32"})
+        trio.echo("withdraw-all")
+        wait_for("the static one alone", lambda: upstream.table().keys() == {"192.0.2.66/32"})
+    finally:
+        trio.stop()
+        upstream.stop()
+
+
+def test_exabgp_frozen_for_longer_than_the_hold_time(exabgp: str, start_trio: StartTrio) -> None:
+    trio, upstream = start_trio(exabgp, hold_time=3)
+    trio.echo("announce 192.0.2.1", "announce 192.0.2.2")
+    wait_for("two", lambda: len(upstream.table()) == 2)
+    assert trio.daemon is not None
+    trio.daemon.send(signal.SIGSTOP)
+    try:
+        trio.echo("withdraw 192.0.2.1", *(f"announce 192.0.2.{n}" for n in range(3, 30)))
+        wait_for("the router to give up", lambda: not upstream.table(), 30)
+    finally:
+        trio.daemon.send(signal.SIGCONT)
+    everything = {f"192.0.2.{n}/32" for n in range(2, 30)}
+    wait_for("all of it", lambda: advertised(trio) == everything == set(upstream.table()), 40)
+
+
+def test_a_pipe_that_cannot_be_made_is_waited_for(newest_exabgp: str, directory: Path) -> None:
+    upstream = Upstream(directory, newest_exabgp)
+    trio = Trio(directory, newest_exabgp, upstream.port)
+    trio.pipe = directory / "run" / "rtbh.pipe"
+    upstream.start()
+    try:
+        with pytest.raises(LabError):
+            wait_for_start(trio)
+        trio.wait_for_log(f"ERROR: cannot open the pipe {trio.pipe}: No such file or directory")
+        trio.pipe.parent.mkdir()
+        wait_for("the pipe", trio.pipe.is_fifo)
+        trio.echo("announce 192.0.2.1")
+        wait_for("the route", lambda: upstream.table().keys() == {"192.0.2.1/32"})
+    finally:
+        trio.stop()
+        upstream.stop()
+
+
+def wait_for_start(trio: Trio) -> None:
+    trio.patience = 2.0
+    trio.start_exabgp()

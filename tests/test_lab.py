@@ -91,7 +91,7 @@ def test_a_lab_interrupted_while_it_starts_leaves_nothing(
     home = directory / "lab"
     command = [*LAB, "--exabgp", newest_exabgp, "--directory", str(home)]
     lab = Process("the lab", command, directory / "out", clean_environment())
-    wait_for("the upstream's settings", (home / "upstream.conf").exists)
+    wait_for("the upstream's settings", (home / "upstream-127.0.0.1.conf").exists)
     processes = family(lab.popen.pid)
     lab.send(number)
     assert lab.popen.wait(20) == 0
