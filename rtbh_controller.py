@@ -375,16 +375,16 @@ class Refusal(NamedTuple):
     why: str
 
 
-def check_prefix(prefix: Network, safety: Safety, neighbors: Iterable[str] = ()) -> Refusal | None:
+def check_prefix(prefix: Network, safety: Safety, routers: Iterable[Network] = ()) -> Refusal | None:
     """The first guard that refuses to blackhole `prefix`, or None. Withdrawing needs no guard."""
     if prefix.prefixlen == 0:
         return Refusal("min_prefix_length", "a default route is never blackholed")
     for network in safety.whitelist:
         if prefix.overlaps(network):
             return Refusal("whitelist", f"overlaps {network}")
-    for neighbor in neighbors:
-        if prefix.overlaps(ipaddress.ip_network(neighbor)):
-            return Refusal("whitelist", f"{neighbor} is a BGP neighbor")
+    for router in routers:
+        if prefix.overlaps(router):
+            return Refusal("whitelist", f"{router.network_address} is a BGP neighbor or ExaBGP's own address")
     if safety.allowed and not any(contains(network, prefix) for network in safety.allowed):
         return Refusal("allowed", "not in allowed prefixes")
     key = "min_prefix_length" if prefix.version == 4 else "min_prefix_length_ipv6"
@@ -584,7 +584,7 @@ class Blackholes:
         self.gone: dict[str, Attributes] = {}  # withdrawn, but perhaps still in ExaBGP's adj-RIB-out
         self.others: dict[str, list[str]] = {}  # in adj-RIB-out but not ours: prefix and neighbors
         self.neighbors: dict[str, Neighbor] = {}
-        self.local: set[str] = set()  # ExaBGP's own addresses
+        self.routers: set[Network] = set()  # the neighbors' addresses and ExaBGP's own: never blackholed
         self.unanswered: Counter[str] = Counter()  # prefix: commands without an answer
         self.refused: set[str] = set()  # prefixes whose last announce ExaBGP refused
         self.audit_wanted, self.auditing = True, False
@@ -633,7 +633,7 @@ class Blackholes:
 
     def refusal(self, prefix: Network, held: bool) -> Refusal | None:
         """The guard that stops an announce of the prefix, if any."""
-        refusal = check_prefix(prefix, self.settings.safety, [*self.neighbors, *self.local])
+        refusal = check_prefix(prefix, self.settings.safety, self.routers)
         count = len(self.routes) + len(self.others)
         if refusal is None and str(prefix) in self.others:
             refusal = Refusal("static", "exabgp.conf announces it: a later withdraw would end that")
@@ -677,7 +677,7 @@ class Blackholes:
         effects: list[Effect] = []
         for prefix, route in list(self.routes.items()):
             network = ipaddress.ip_network(prefix)
-            refusal = check_prefix(network, settings.safety, [*self.neighbors, *self.local])
+            refusal = check_prefix(network, settings.safety, self.routers)
             attributes = self.attributes(network.version)
             if refusal and refusal.guard == "whitelist":
                 effects.append(self.note(now, f"PROTECTED {prefix}: whitelist: {refusal.why}"))
@@ -703,6 +703,7 @@ class Blackholes:
     def session(self, address: str, state: str, why: str, now: Now) -> list[Effect]:
         """A BGP session came up or went down."""
         neighbor = self.neighbors.setdefault(address, Neighbor())
+        self.routers.add(ipaddress.ip_network(address))
         up = state == "up"
         if state == neighbor.state == "down":
             return []  # said again at every attempt to connect
@@ -767,16 +768,17 @@ class Blackholes:
         address = ""
         for line in output:
             words = line.rstrip(";").split()
-            if words[:1] == ["neighbor"] and len(words) > 1:
+            if words[:1] == ["neighbor"] and len(words) > 1 and is_address(words[1]):
                 address = words[1]
             elif words[:1] == ["local-address"] and len(words) > 1:
                 found.setdefault(address, "")
-                self.local.update(word for word in words[1:] if is_address(word))
+                self.routers.update(ipaddress.ip_network(word) for word in words[1:] if is_address(word))
             elif words[:1] == ["processes"] and len(words) > 3:
                 found[address] = words[2]
         for known in set(self.neighbors) - set(found):
             del self.neighbors[known]
         for address, process in found.items():
+            self.routers.add(ipaddress.ip_network(address))
             if process:
                 self.neighbors.setdefault(address, Neighbor())
         return []
@@ -1223,8 +1225,9 @@ class JournalFile:
         self.descriptor = -1
         self.size, self.limit = 0, 0  # a limit of 0: write a snapshot first
         self.failed = ""
-        self.appended = threading.Event()
-        threading.Thread(target=self.synchronize, daemon=True).start()
+        self.dirty = False
+        self.wanted = threading.Event()
+        threading.Thread(target=self.run, daemon=True).start()
 
     def read(self) -> str:
         """The journal as it is; empty when there is none."""
@@ -1238,7 +1241,7 @@ class JournalFile:
             return ""
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        if self.descriptor < 0 or self.failed:
+        if self.descriptor < 0 or self.failed or not records:
             return
         try:
             self.put(records)
@@ -1250,7 +1253,7 @@ class JournalFile:
         if os.write(self.descriptor, data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.size += len(data)
-        self.appended.set()
+        self.dirty = True
 
     def full(self) -> bool:
         """Whether a snapshot is due: the journal has grown long, or could not be written."""
@@ -1280,8 +1283,14 @@ class JournalFile:
         self.failed = text
 
     def synchronize(self) -> None:
-        while self.appended.wait():
-            self.appended.clear()
+        """Have the thread make durable what was appended."""
+        if self.dirty:
+            self.dirty = False
+            self.wanted.set()
+
+    def run(self) -> None:
+        while self.wanted.wait():
+            self.wanted.clear()
             with contextlib.suppress(OSError):
                 os.fdatasync(self.descriptor)
 
@@ -1371,7 +1380,7 @@ class Loop:
         self.started = False
         # monotonic times: last publication, last answer, last bytes in the pipe, last look at the pipe's path
         self.published_at = self.answered_at = self.pipe_at = self.looked_at = self.expired_at = 0.0
-        self.publish_pause = PUBLISH_PAUSE
+        self.follow_up_at = 0.0
 
     def run(self) -> int:
         """Serve until a signal or the end of ExaBGP; returns the exit code."""
@@ -1388,15 +1397,31 @@ class Loop:
         while self.running:
             self.housekeeping()
             self.write_exabgp()
-            self.write_log()
-            self.publish_state()
+            self.follow_up()
             for key, _ in self.selector.select(self.pause()):
                 key.data()
                 if not self.running:
                     break
+        self.journal.append(self.records)  # read, but too late to be told: for the successor
         self.write_log()
         self.log("RTBH controller stopped")
         return 0
+
+    def follow_up(self) -> None:
+        """Log, publish and make durable, a moment after the deed: ExaBGP has the processor first.
+
+        Once a second there is a heartbeat in any case; only the controller that has the pipe publishes.
+        """
+        now = self.now()
+        if now.mono < self.follow_up_at:
+            return
+        self.write_log()
+        self.journal.synchronize()
+        if self.pipe >= 0 and (self.changed or now.mono >= self.published_at + HEARTBEAT):
+            self.publish(publication(self.blackholes, self.dialogue.version, now))
+            self.published_at, self.changed = now.mono, False
+        # a large table takes long to print: spend at most a twentieth of the time on it
+        self.follow_up_at = now.mono + max(PUBLISH_PAUSE, 20 * (time.monotonic() - now.mono))
 
     def write_log(self) -> None:
         for message in self.messages:
@@ -1411,11 +1436,13 @@ class Loop:
             return 0.05
         if self.pipe < 0:
             return 0.1
-        return max(0.0, self.published_at + self.publish_pause - time.monotonic()) if self.changed else 0.25
+        return max(0.001, self.follow_up_at - time.monotonic()) if self.changed else 0.25
 
     def apply(self, effects: list[Effect]) -> None:
-        for effect in effects:
+        if effects and not self.changed:
             self.changed = True
+            self.follow_up_at = max(self.follow_up_at, time.monotonic() + PUBLISH_PAUSE)
+        for effect in effects:
             if isinstance(effect, Tell):
                 self.dialogue.tell(effect)
             elif isinstance(effect, Record):
@@ -1504,7 +1531,7 @@ class Loop:
 
     def read_pipe(self) -> None:
         try:
-            data = os.read(self.pipe, 65536)
+            data = os.read(self.pipe, 8192)  # a part of a burst: while ExaBGP works on it we read the next
         except BlockingIOError:
             return
         now = self.now()
@@ -1524,7 +1551,7 @@ class Loop:
             words = line.split(maxsplit=3)
             if words[:1] == ["shutdown"]:
                 self.stop(now, "ExaBGP is stopping")
-            elif len(words) >= 3 and words[0] == "neighbor" and words[2] in ("up", "down"):
+            elif len(words) >= 3 and words[0] == "neighbor" and words[2] in ("up", "down") and is_address(words[1]):
                 why = words[3].lstrip("- ") if len(words) > 3 else ""
                 self.apply(self.blackholes.session(words[1], words[2], why, now))
             elif line:
@@ -1590,16 +1617,6 @@ class Loop:
         for warning in warnings:
             self.log(f"WARNING: {warning}")
         self.apply(self.blackholes.reload(settings, now))
-
-    def publish_state(self) -> None:
-        """Publish what changed, and a heartbeat; only the controller that has the pipe may speak."""
-        now = self.now()
-        due = self.publish_pause if self.changed else HEARTBEAT
-        if self.pipe >= 0 and now.mono - self.published_at >= due:
-            self.publish(publication(self.blackholes, self.dialogue.version, now))
-            self.published_at, self.changed = now.mono, False
-            # a large table takes long to print: spend at most a twentieth of the time on it
-            self.publish_pause = max(PUBLISH_PAUSE, 20 * (time.monotonic() - now.mono))
 
 
 # ---------------------------------------------------------------- commands

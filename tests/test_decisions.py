@@ -120,7 +120,7 @@ def test_withdraw_all_ends_what_is_held_and_nothing_else() -> None:
             "REFUSED 192.0.2.0/24: min_prefix_length: prefix too short: /24, at least /32 is needed",
         ),
         ("announce 192.0.2.3", "REFUSED 192.0.2.3/32: max_routes: 2 routes are held"),
-        ("announce 127.0.0.1", "REFUSED 127.0.0.1/32: whitelist: 127.0.0.1 is a BGP neighbor"),
+        ("announce 127.0.0.1", "REFUSED 127.0.0.1/32: whitelist: 127.0.0.1 is a BGP neighbor or ExaBGP's own address"),
         ("announce 192.0.2.1 until=1799999999", "REFUSED 192.0.2.1/32: until: its end has passed"),
         (
             "announce 2001:db8::1",

@@ -211,7 +211,7 @@ SAFETY = Safety(
     ],
 )
 def test_guards(prefix: str, guard: str | None) -> None:
-    refusal = check_prefix(parse_prefix(prefix), SAFETY, ["10.9.9.9", "2001:db8::9"])
+    refusal = check_prefix(parse_prefix(prefix), SAFETY, [parse_prefix("10.9.9.9"), parse_prefix("2001:db8::9")])
     assert (refusal and refusal.guard) == guard
 
 
