@@ -34,16 +34,15 @@ import queue
 import re
 import selectors
 import signal
+import socket
 import stat
 import sys
 import threading
 import time
 import urllib.parse
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Callable, NamedTuple, Union
-
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 
 DEFAULT_CONFIG = "/etc/exabgp/rtbh.conf"
 PLACEHOLDER_TOKEN = "your-secret-webhook-token"
@@ -55,23 +54,57 @@ PUBLISH_PAUSE = 0.02  # seconds: the least time between two publications
 # ---------------------------------------------------------------- prefixes
 
 
-def parse_prefix(text: str) -> Network:
+class Prefix(NamedTuple):
+    """An IPv4 or IPv6 prefix: its first and last address as integers, and its one canonical text."""
+
+    version: int
+    first: int
+    last: int
+    length: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def address(self) -> str:
+        return self.text.partition("/")[0]
+
+    @property
+    def host(self) -> bool:
+        return self.first == self.last
+
+    def overlaps(self, other: Prefix) -> bool:
+        return self.version == other.version and self.first <= other.last and other.first <= self.last
+
+    def contains(self, other: Prefix) -> bool:
+        return self.version == other.version and self.first <= other.first and other.last <= self.last
+
+
+def parse_prefix(text: str) -> Prefix:
     """Read an address (then /32 or /128) or a prefix; only what this returns, printed, goes to ExaBGP.
 
-    Raises ValueError, with a text for a person, for anything else: spaces, scopes (RFC 4007),
-    host bits, IPv4-mapped addresses (RFC 4291), which would pass a whitelist of IPv4 networks.
+    Raises ValueError, with a text for a person, for anything else: spaces, leading zeros, scopes
+    (RFC 4007), host bits, IPv4-mapped addresses (RFC 4291), which would pass a whitelist of IPv4
+    networks. Addresses are read by inet_pton (RFC 3493), which takes no other forms.
     """
-    if not re.fullmatch(r"[0-9A-Fa-f:.]{2,45}(/[0-9]{1,3})?", text):
-        raise ValueError(f"not an IPv4 or IPv6 address or prefix: {printable(text, 60)}")
-    if re.search(r"(^|[./])0[0-9]+(\.|/|$)", text):  # 010 is 8 to some programs: not left to chance
-        raise ValueError(f"not a prefix: leading zeros in {text}")
+    address, slash, digits = text.partition("/")
+    version, family, bits = (6, socket.AF_INET6, 128) if ":" in address else (4, socket.AF_INET, 32)
     try:
-        network = ipaddress.ip_network(text)
-    except ValueError as error:
-        raise ValueError(f"not a prefix: {error}") from None
-    if network.version == 6 and network.network_address.ipv4_mapped:
-        raise ValueError(f"an IPv4-mapped address: write {network.network_address.ipv4_mapped}")
-    return network
+        packed = socket.inet_pton(family, address)
+    except (OSError, ValueError):  # a ValueError for a NUL or a surrogate
+        raise ValueError(f"not an IPv4 or IPv6 address or prefix: {printable(text, 60)}") from None
+    if slash and not re.fullmatch("0|[1-9][0-9]{0,2}", digits):
+        raise ValueError(f"not a prefix length: {printable(text, 60)}")
+    length = int(digits) if slash else bits
+    if length > bits:
+        raise ValueError(f"not a prefix length: /{length}, at most /{bits} for IPv{version}")
+    first, hosts = int.from_bytes(packed, "big"), (1 << (bits - length)) - 1
+    if first & hosts:
+        raise ValueError(f"not a prefix: {address} has host bits set for /{length}")
+    if version == 6 and first >> 32 == 0xFFFF:
+        raise ValueError(f"an IPv4-mapped address: write {socket.inet_ntop(socket.AF_INET, packed[12:])}")
+    return Prefix(version, first, first | hosts, length, f"{socket.inet_ntop(family, packed)}/{length}")
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -127,11 +160,11 @@ class Bgp:
 
 @dataclasses.dataclass(frozen=True)
 class Safety:
-    whitelist: tuple[Network, ...] = (
-        ipaddress.IPv4Network("198.51.100.0/24"),
-        ipaddress.IPv4Network("203.0.113.10/32"),
+    whitelist: tuple[Prefix, ...] = (
+        parse_prefix("198.51.100.0/24"),
+        parse_prefix("203.0.113.10/32"),
     )
-    allowed: tuple[Network, ...] = ()
+    allowed: tuple[Prefix, ...] = ()
     min_prefix_length: int = 32
     min_prefix_length_ipv6: int = 128
     max_routes: int = 50
@@ -203,12 +236,12 @@ def read_next_hop(version: int) -> Callable[[str], str]:
             prefix = None
         if text != "self" and (prefix is None or prefix.version != version):
             raise ValueError(f"must be self or an IPv{version} address")
-        return text if prefix is None else str(prefix.network_address)
+        return text if prefix is None else prefix.address
 
     return read
 
 
-def read_networks(text: str) -> tuple[Network, ...]:
+def read_networks(text: str) -> tuple[Prefix, ...]:
     words = [word for line in text.splitlines() for word in line.split("#")[0].replace(",", " ").split()]
     return tuple(parse_prefix(word) for word in words)
 
@@ -375,37 +408,32 @@ class Refusal(NamedTuple):
     why: str
 
 
-def check_prefix(prefix: Network, safety: Safety, routers: Iterable[Network] = ()) -> Refusal | None:
+def check_prefix(prefix: Prefix, safety: Safety, routers: Iterable[Prefix] = ()) -> Refusal | None:
     """The first guard that refuses to blackhole `prefix`, or None. Withdrawing needs no guard."""
-    if prefix.prefixlen == 0:
+    if prefix.length == 0:
         return Refusal("min_prefix_length", "a default route is never blackholed")
     for network in safety.whitelist:
         if prefix.overlaps(network):
             return Refusal("whitelist", f"overlaps {network}")
     for router in routers:
         if prefix.overlaps(router):
-            return Refusal("whitelist", f"{router.network_address} is a BGP neighbor or ExaBGP's own address")
-    if safety.allowed and not any(contains(network, prefix) for network in safety.allowed):
+            return Refusal("whitelist", f"{router.address} is a BGP neighbor or ExaBGP's own address")
+    if safety.allowed and not any(network.contains(prefix) for network in safety.allowed):
         return Refusal("allowed", "not in allowed prefixes")
     key = "min_prefix_length" if prefix.version == 4 else "min_prefix_length_ipv6"
-    if prefix.prefixlen < getattr(safety, key):
-        return Refusal(key, f"prefix too short: /{prefix.prefixlen}, at least /{getattr(safety, key)} is needed")
+    if prefix.length < getattr(safety, key):
+        return Refusal(key, f"prefix too short: /{prefix.length}, at least /{getattr(safety, key)} is needed")
     return None
-
-
-def contains(network: Network, prefix: Network) -> bool:
-    return network.overlaps(prefix) and network.prefixlen <= prefix.prefixlen
 
 
 # ---------------------------------------------------------------- lines of the pipe
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """One accepted line of the pipe. `until` is seconds since the epoch; None: no end."""
 
     action: str  # announce, withdraw or withdraw-all
-    prefix: Network | None = None
+    prefix: Prefix | None = None
     until: float | None = None
     id: str = ""
     source: str = "pipe"
@@ -519,9 +547,9 @@ def render(commands: Sequence[Tell]) -> str:
 
 
 class Record(NamedTuple):
-    """Effect: append this to the journal, before any command is written."""
+    """Effect: append this line of JSON to the journal, before any command is written."""
 
-    content: dict[str, Any]
+    text: str
 
 
 Effect = Union[Log, Tell, Record]
@@ -538,8 +566,7 @@ class Now(NamedTuple):
 Attributes = Mapping[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """A blackhole that is held. Its attributes are kept so that its withdraw carries exactly the same."""
 
     prefix: str
@@ -551,9 +578,18 @@ class Route:
     source: str = "pipe"
     reason: str = ""
 
-    def record(self) -> dict[str, Any]:
-        """What the journal keeps; a monotonic time means nothing after a restart of the host."""
-        return {key: value for key, value in vars(self).items() if key != "deadline"}
+    def json(self) -> str:
+        """What the journal keeps and the state shows; a monotonic time means nothing after a restart of the host.
+
+        Put together by hand: it stands between a command and its UPDATE, and json.dumps takes five times as long.
+        """
+        until = "null" if self.until is None else repr(self.until)
+        words = ", ".join(f'"{key}": {json.dumps(getattr(self, key))}' for key in ("id", "source", "reason"))
+        attributes = json.dumps(self.attributes)
+        return (
+            f'{{"prefix": "{self.prefix}", "announced_at": {self.announced_at!r}, "until": {until}, {words}, '
+            f'"attributes": {attributes}}}'
+        )
 
 
 @dataclasses.dataclass
@@ -578,18 +614,26 @@ class Blackholes:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.use(settings)
         self.routes: dict[str, Route] = {}
         self.texts: dict[str, str] = {}  # what is published of each
         self.gone: dict[str, Attributes] = {}  # withdrawn, but perhaps still in ExaBGP's adj-RIB-out
         self.others: dict[str, list[str]] = {}  # in adj-RIB-out but not ours: prefix and neighbors
         self.neighbors: dict[str, Neighbor] = {}
-        self.routers: set[Network] = set()  # the neighbors' addresses and ExaBGP's own: never blackholed
-        self.unanswered: Counter[str] = Counter()  # prefix: commands without an answer
+        self.routers: set[Prefix] = set()  # the neighbors' addresses and ExaBGP's own: never blackholed
+        self.unanswered: dict[str, int] = {}  # prefix: commands without an answer
         self.refused: set[str] = set()  # prefixes whose last announce ExaBGP refused
         self.audit_wanted, self.auditing = True, False
         self.touched: set[str] = set()  # prefixes changed since the audit in progress was asked for
         self.recent: deque[tuple[float, str]] = deque(maxlen=50)  # time, message
+
+    def use(self, settings: Settings) -> None:
+        self.settings = settings
+        self.new_attributes: dict[int, Attributes] = {
+            version: {"": settings.bgp.attributes(version)}
+            | {address: bgp.attributes(version) for address, bgp in settings.neighbors.items()}
+            for version in (4, 6)
+        }
 
     # -- commands of the pipe
 
@@ -609,7 +653,7 @@ class Blackholes:
             return self.withdraw(command.prefix, now, command.id)
         return self.announce(command.prefix, command, now)
 
-    def announce(self, network: Network, command: Command, now: Now) -> list[Effect]:
+    def announce(self, network: Prefix, command: Command, now: Now) -> list[Effect]:
         prefix = str(network)
         held = self.routes.get(prefix)
         refusal = self.refusal(network, held is not None)
@@ -631,7 +675,7 @@ class Blackholes:
             *self.tell("announce", prefix, route.attributes),
         ]
 
-    def refusal(self, prefix: Network, held: bool) -> Refusal | None:
+    def refusal(self, prefix: Prefix, held: bool) -> Refusal | None:
         """The guard that stops an announce of the prefix, if any."""
         refusal = check_prefix(prefix, self.settings.safety, self.routers)
         count = len(self.routes) + len(self.others)
@@ -646,7 +690,7 @@ class Blackholes:
                     return Refusal("next_hop_ipv6", why)
         return refusal
 
-    def withdraw(self, network: Network, now: Now, identity: str = "") -> list[Effect]:
+    def withdraw(self, network: Prefix, now: Now, identity: str = "") -> list[Effect]:
         """End a blackhole; with an `identity`, only the announcement of that id. Passed on, held or not."""
         prefix = str(network)
         held = self.routes.get(prefix)
@@ -659,7 +703,7 @@ class Blackholes:
     def withdraw_all(self, now: Now) -> list[Effect]:
         effects: list[Effect] = [self.note(now, f"WITHDRAW-ALL {len(self.routes)} routes")]
         for prefix in list(self.routes):
-            effects += self.withdraw(ipaddress.ip_network(prefix), now)
+            effects += self.withdraw(parse_prefix(prefix), now)
         return effects
 
     def expire(self, now: Now) -> list[Effect]:
@@ -668,15 +712,15 @@ class Blackholes:
         for prefix, route in list(self.routes.items()):
             if route.deadline is not None and now.mono >= route.deadline + BACKSTOP_GRACE:
                 effects.append(self.note(now, f"OVERDUE {prefix}: its end passed, nobody withdrew it"))
-                effects += self.withdraw(ipaddress.ip_network(prefix), now)
+                effects += self.withdraw(parse_prefix(prefix), now)
         return effects
 
     def reload(self, settings: Settings, now: Now) -> list[Effect]:
         """Put new settings in force: end what is now protected, report the rest, renew attributes."""
-        self.settings = settings
+        self.use(settings)
         effects: list[Effect] = []
         for prefix, route in list(self.routes.items()):
-            network = ipaddress.ip_network(prefix)
+            network = parse_prefix(prefix)
             refusal = check_prefix(network, settings.safety, self.routers)
             attributes = self.attributes(network.version)
             if refusal and refusal.guard == "whitelist":
@@ -686,16 +730,17 @@ class Blackholes:
             if refusal:
                 effects.append(self.note(now, f"WARNING: {prefix} stays blackholed: {refusal.guard}: {refusal.why}"))
             if attributes != route.attributes:
-                effects += [*self.hold(dataclasses.replace(route, attributes=attributes))]
+                effects += [*self.hold(route._replace(attributes=attributes))]
                 effects += [self.note(now, f"ANNOUNCE {prefix}"), *self.tell("announce", prefix, attributes)]
         return effects
 
     def stop(self, now: Now) -> list[Effect]:
         """A clean end: the journal keeps what is held, for `restore = always`; the neighbors lose it."""
-        effects: list[Effect] = [Record({"do": "stop", "at": now.wall})]
+        effects: list[Effect] = [Record(json.dumps({"do": "stop", "at": now.wall}))]
         for prefix, route in self.routes.items():
             effects += [self.note(now, f"WITHDRAW {prefix}"), *self.tell("withdraw", prefix, route.attributes)]
         self.routes.clear()
+        self.texts.clear()
         return effects
 
     # -- what ExaBGP says
@@ -703,7 +748,7 @@ class Blackholes:
     def session(self, address: str, state: str, why: str, now: Now) -> list[Effect]:
         """A BGP session came up or went down."""
         neighbor = self.neighbors.setdefault(address, Neighbor())
-        self.routers.add(ipaddress.ip_network(address))
+        self.routers.add(parse_prefix(address))
         up = state == "up"
         if state == neighbor.state == "down":
             return []  # said again at every attempt to connect
@@ -718,11 +763,9 @@ class Blackholes:
         prefix = command.prefix
         if not prefix:
             return []
-        self.unanswered[prefix] -= 1
-        if self.unanswered[prefix] <= 0:
-            del self.unanswered[prefix]
-            if accepted:
-                self.gone.pop(prefix, None)  # ExaBGP has carried out the last command, so a withdraw too
+        last = self.count_answer(prefix)
+        if last and accepted:
+            self.gone.pop(prefix, None)  # ExaBGP has carried out the last command, so a withdraw too
         if accepted:
             self.refused.discard(prefix)
             return []
@@ -730,12 +773,17 @@ class Blackholes:
         self.audit_wanted = self.audit_wanted or not command.repair
         return [self.note(now, f"ERROR: ExaBGP refused: {render([command])}")]
 
+    def count_answer(self, prefix: str) -> bool:
+        """Whether no command about the prefix is without an answer any more."""
+        left = self.unanswered.pop(prefix, 1) - 1
+        if left > 0:
+            self.unanswered[prefix] = left
+        return left <= 0
+
     def never_answered(self, commands: Iterable[Tell], now: Now) -> list[Effect]:
         """ExaBGP has left these commands without an answer: ask what became of them."""
         for command in commands:
-            self.unanswered[command.prefix] -= 1
-            if self.unanswered[command.prefix] <= 0:
-                del self.unanswered[command.prefix]
+            self.count_answer(command.prefix)
             self.audit_wanted = self.audit_wanted or not command.repair
             self.auditing = self.auditing and command.head not in QUESTIONS
         return [self.note(now, "ERROR: ExaBGP left commands unanswered; asking what it holds")]
@@ -772,13 +820,13 @@ class Blackholes:
                 address = words[1]
             elif words[:1] == ["local-address"] and len(words) > 1:
                 found.setdefault(address, "")
-                self.routers.update(ipaddress.ip_network(word) for word in words[1:] if is_address(word))
+                self.routers.update(parse_prefix(word) for word in words[1:] if is_address(word))
             elif words[:1] == ["processes"] and len(words) > 3:
                 found[address] = words[2]
         for known in set(self.neighbors) - set(found):
             del self.neighbors[known]
         for address, process in found.items():
-            self.routers.add(ipaddress.ip_network(address))
+            self.routers.add(parse_prefix(address))
             if process:
                 self.neighbors.setdefault(address, Neighbor())
         return []
@@ -830,18 +878,18 @@ class Blackholes:
 
     def attributes(self, version: int) -> Attributes:
         """The attributes of a new route to each neighbor."""
-        own = {address: bgp.attributes(version) for address, bgp in self.settings.neighbors.items()}
-        return {"": self.settings.bgp.attributes(version), **own}
+        return self.new_attributes[version]
 
     def hold(self, route: Route) -> list[Effect]:
         self.routes[route.prefix] = route
-        self.texts[route.prefix] = json.dumps(route.record())[:-1]
+        text = self.texts[route.prefix] = route.json()
         self.gone.pop(route.prefix, None)
-        return [Record({"do": "announce", "at": route.announced_at, "route": route.record()})]
+        return [Record(f'{{"do": "announce", "at": {route.announced_at!r}, "route": {text}}}')]
 
     def release(self, prefix: str) -> list[Effect]:
         self.gone[prefix] = self.routes.pop(prefix).attributes
-        return [Record({"do": "withdraw", "prefix": prefix})]
+        del self.texts[prefix]
+        return [Record(f'{{"do": "withdraw", "prefix": "{prefix}"}}')]
 
     def tell(
         self, verb: str, prefix: str, attributes: Attributes, only: list[str] | None = None, repair: bool = False
@@ -849,16 +897,14 @@ class Blackholes:
         """The commands for a prefix: one for all neighbors, or one for each set of attributes."""
         if not repair:
             self.touched.add(prefix)
-        groups: dict[str, list[str]] = {}
-        for address in self.neighbors if only is None else only:
-            groups.setdefault(attributes.get(address, attributes[""]), []).append(address)
         if len(attributes) == 1 and (only is None or len(only) == len(self.neighbors)):
-            groups = {attributes[""]: []}
-        effects: list[Effect] = []
-        for text, addresses in groups.items():
-            whom = ", ".join(f"neighbor {address}" for address in addresses)
-            effects.append(Tell(f"{whom} {verb}".lstrip(), prefix, text, repair))
-        self.unanswered[prefix] += len(effects)
+            effects: list[Effect] = [Tell(verb, prefix, attributes[""], repair)]
+        else:
+            groups: dict[str, list[str]] = {}
+            for address in self.neighbors if only is None else only:
+                groups.setdefault(attributes.get(address, attributes[""]), []).append(f"neighbor {address}")
+            effects = [Tell(f"{', '.join(who)} {verb}", prefix, text, repair) for text, who in groups.items()]
+        self.unanswered[prefix] = self.unanswered.get(prefix, 0) + len(effects)
         return effects
 
     def delivery(self, prefix: str) -> dict[str, str]:
@@ -961,20 +1007,20 @@ def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> 
         why = "restore = never"
     elif not same and now.wall - journal.at > safety.restore_max_age:
         why = f"last seen {now.wall - journal.at:.0f} s ago, above restore_max_age"
-    effects: list[Effect] = [Record({"do": "start", "at": now.wall, "exabgp": exabgp})]
+    effects: list[Effect] = [Record(json.dumps({"do": "start", "at": now.wall, "exabgp": exabgp}))]
     if same:
         blackholes.gone = dict(journal.gone)
     for route in journal.routes.values():
         over = not same and route.until is not None and route.until <= now.wall
         if why or over:
-            effects.append(Record({"do": "withdraw", "prefix": route.prefix}))
+            effects.append(Record(json.dumps({"do": "withdraw", "prefix": route.prefix})))
             if same:
                 blackholes.gone[route.prefix] = route.attributes
             continue
         deadline = None
         if route.until is not None:  # the clock may have been stepped: never longer than it was to last
             deadline = now.mono + min(route.until - now.wall, route.until - route.announced_at)
-        blackholes.hold(dataclasses.replace(route, deadline=deadline))
+        blackholes.hold(route._replace(deadline=deadline))
     if journal.routes:
         kept = len(blackholes.routes)
         forgotten = f", {len(journal.routes) - kept} not: {why or 'their time is over'}"
@@ -983,18 +1029,13 @@ def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> 
     return effects + blackholes.reload(blackholes.settings, now)
 
 
-def snapshot(blackholes: Blackholes, exabgp: str, now: Now) -> list[dict[str, Any]]:
-    """The records that say the same as a journal that has grown long."""
-    gone = [
-        record
-        for prefix, attributes in blackholes.gone.items()
-        for record in (
-            {"do": "announce", "route": {"prefix": prefix, "attributes": attributes, "announced_at": 0.0}},
-            {"do": "withdraw", "prefix": prefix},
-        )
-    ]
-    held = [{"do": "announce", "route": route.record()} for route in blackholes.routes.values()]
-    return [{"do": "start", "at": now.wall, "exabgp": exabgp}, *gone, *held]
+def snapshot(blackholes: Blackholes, exabgp: str, now: Now) -> list[str]:
+    """The lines that say the same as a journal that has grown long."""
+    lines = [json.dumps({"do": "start", "at": now.wall, "exabgp": exabgp})]
+    for prefix, attributes in blackholes.gone.items():
+        lines.append(f'{{"do": "announce", "route": {Route(prefix, attributes, 0.0).json()}}}')
+        lines.append(f'{{"do": "withdraw", "prefix": "{prefix}"}}')
+    return lines + [f'{{"do": "announce", "route": {text}}}' for text in blackholes.texts.values()]
 
 
 def publication(blackholes: Blackholes, version: str, now: Now) -> str:
@@ -1005,7 +1046,7 @@ def publication(blackholes: Blackholes, version: str, now: Now) -> str:
     usual = json.dumps(blackholes.delivery(""))
     special = blackholes.unanswered.keys() | blackholes.refused
     routes = [
-        f'{blackholes.texts[prefix]}, "neighbors": '
+        f'{blackholes.texts[prefix][:-1]}, "neighbors": '
         f"{json.dumps(blackholes.delivery(prefix)) if prefix in special else usual}}}"
         for prefix in blackholes.routes
     ]
@@ -1240,7 +1281,7 @@ class JournalFile:
             self.fail(error)
             return ""
 
-    def append(self, records: list[dict[str, Any]]) -> None:
+    def append(self, records: list[str]) -> None:
         if self.descriptor < 0 or self.failed or not records:
             return
         try:
@@ -1248,8 +1289,8 @@ class JournalFile:
         except OSError as error:
             self.fail(error)
 
-    def put(self, records: list[dict[str, Any]]) -> None:
-        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    def put(self, records: list[str]) -> None:
+        data = "".join(f"{record}\n" for record in records).encode()
         if os.write(self.descriptor, data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.size += len(data)
@@ -1259,7 +1300,7 @@ class JournalFile:
         """Whether a snapshot is due: the journal has grown long, or could not be written."""
         return self.size > self.limit or bool(self.failed)
 
-    def rewrite(self, records: list[dict[str, Any]]) -> None:
+    def rewrite(self, records: list[str]) -> None:
         """Begin a new journal that holds these records, and put it in the place of the old one."""
         try:
             new = os.open(f"{self.path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o640)
@@ -1365,7 +1406,7 @@ class Loop:
         self.journal = JournalFile(settings.paths.journal, log)
         self.exabgp = parent_process()
         self.messages: list[str] = []  # to be logged once the commands are written: ExaBGP comes first
-        self.records: list[dict[str, Any]] = []  # to be appended before the next commands are written
+        self.records: list[str] = []  # to be appended before the next commands are written
         self.dialogue = Dialogue()
         self.publish = Publisher(settings.paths.state_file, log)
         self.selector = selectors.DefaultSelector()
@@ -1446,7 +1487,7 @@ class Loop:
             if isinstance(effect, Tell):
                 self.dialogue.tell(effect)
             elif isinstance(effect, Record):
-                self.records.append(effect.content)
+                self.records.append(effect.text)
             else:
                 self.messages.append(effect.text)
 

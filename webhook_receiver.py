@@ -41,8 +41,8 @@ from rtbh_controller import (
     DEFAULT_CONFIG,
     PLACEHOLDER_TOKEN,
     Logger,
-    Network,
     Now,
+    Prefix,
     Settings,
     SettingsError,
     check_prefix,
@@ -74,7 +74,7 @@ class Request:
     """What a body asks for. `prefix` is None for withdraw-all; `withdraw_after` in seconds, None: the default."""
 
     action: str
-    prefix: Network | None
+    prefix: Prefix | None
     withdraw_after: int | None = None
     dry_run: bool = False
     reason: str = ""
@@ -115,7 +115,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def read_target(data: dict[str, Any]) -> Network:
+def read_target(data: dict[str, Any]) -> Prefix:
     target = data.get("target_ip")
     if not isinstance(target, str):
         raise Rejected(400, "target_ip: must be given, as a string" if target is None else "target_ip: not a string")
@@ -189,11 +189,11 @@ class Desk:
         log = f"WEBHOOK ANNOUNCE {prefix} (auto-withdraw in {length}s){because(request)}"
         return Decision(line, timer, charged, answer, log)
 
-    def check_guards(self, prefix: Network) -> None:
+    def check_guards(self, prefix: Prefix) -> None:
         refusal = check_prefix(prefix, self.settings.safety)
         if refusal is None:
             return
-        shown = str(prefix.network_address) if prefix.prefixlen == prefix.max_prefixlen else str(prefix)
+        shown = prefix.address if prefix.host else prefix.text
         if refusal.guard == "whitelist":
             raise Rejected(403, "IP is whitelisted", f"BLOCKED whitelisted IP {shown} ({refusal.why})")
         error = "Not in allowed prefixes" if refusal.guard == "allowed" else "Prefix too short"

@@ -91,7 +91,7 @@ def test_attributes_are_settings_for_announce_and_withdraw(bgp: str, prefix: str
 def test_a_withdraw_carries_its_announces_attributes_whatever_the_settings_say_since() -> None:
     blackholes = Blackholes(settings("[bgp]\ncommunity = 1:1"))
     blackholes.line("announce 192.0.2.1", NOW)
-    blackholes.settings = settings("[bgp]\ncommunity = 2:2")
+    blackholes.use(settings("[bgp]\ncommunity = 2:2"))
     assert told(blackholes.line("withdraw 192.0.2.1", NOW)) == [
         "withdraw route 192.0.2.1/32 next-hop self community [1:1]"
     ]
@@ -445,11 +445,11 @@ def test_each_neighbor_gets_its_own_attributes() -> None:
 def journal_of(*lines: str, text: str = "", exabgp: str = "A") -> str:
     """The journal of a controller that reads these lines."""
     blackholes = Blackholes(settings(text))
-    effects = [Record({"do": "start", "at": NOW.wall, "exabgp": exabgp})]
+    effects = [Record(json.dumps({"do": "start", "at": NOW.wall, "exabgp": exabgp}))]
     for line in lines:
         effects += [e for e in blackholes.line(line, NOW) if isinstance(e, Record)]
         effects += [e for e in (blackholes.stop(NOW) if line == "STOP" else []) if isinstance(e, Record)]
-    return "".join(json.dumps(effect.content) + "\n" for effect in effects)
+    return "".join(f"{effect.text}\n" for effect in effects)
 
 
 LINES = (
@@ -488,7 +488,7 @@ def test_restore(policy: str, lines: tuple[str, ...], exabgp: str, after: float,
     assert told(effects) == []  # the audit announces what is missing
     leftovers = {"192.0.2.3/32"} | (BOTH - held) if exabgp == "A" else set()
     assert set(blackholes.gone) == leftovers
-    again = "".join(json.dumps(record) + "\n" for record in snapshot(blackholes, exabgp, later(after)))
+    again = "\n".join(snapshot(blackholes, exabgp, later(after)))
     assert read_journal(again).routes.keys() == held
     assert read_journal(again).gone.keys() == leftovers
 

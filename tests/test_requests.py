@@ -64,7 +64,7 @@ def test_bodies(body: str, request_: Request) -> None:
         (b'{"target_ip": "192.0.2.1/33"}', "target_ip: not a prefix"),
         (b'{"target_ip": "192.0.2.1/24"}', "target_ip: not a prefix"),
         (b'{"target_ip": "2001:db8::1%eth0"}', "target_ip: not an IPv4 or IPv6"),
-        (b'{"target_ip": "2001:db8::1/"}', "target_ip: not an IPv4 or IPv6"),
+        (b'{"target_ip": "2001:db8::1/"}', "target_ip: not a prefix length"),
         ('{"target_ip": "١٩٢.0.2.1"}'.encode(), "target_ip: not an IPv4 or IPv6"),
         (b'{"target_ip": "\\ud800"}', "target_ip: not an IPv4 or IPv6"),
         (b'{"action": "nonsense", "target_ip": "192.0.2.1"}', "action: must be"),
