@@ -25,6 +25,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import ipaddress
 import json
 import logging
@@ -42,6 +43,7 @@ import time
 import urllib.parse
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from json.encoder import encode_basestring_ascii as quote
 from typing import Any, Callable, NamedTuple, Union
 
 DEFAULT_CONFIG = "/etc/exabgp/rtbh.conf"
@@ -52,6 +54,9 @@ HEARTBEAT = 1.0  # seconds between two publications of an unchanged state
 PUBLISH_PAUSE = 0.02  # seconds: the least time between two publications
 
 # ---------------------------------------------------------------- prefixes
+
+
+PREFIX_LENGTH = re.compile("0|[1-9][0-9]{0,2}")
 
 
 class Prefix(NamedTuple):
@@ -94,7 +99,7 @@ def parse_prefix(text: str) -> Prefix:
         packed = socket.inet_pton(family, address)
     except (OSError, ValueError):  # a ValueError for a NUL or a surrogate
         raise ValueError(f"not an IPv4 or IPv6 address or prefix: {printable(text, 60)}") from None
-    if slash and not re.fullmatch("0|[1-9][0-9]{0,2}", digits):
+    if slash and not PREFIX_LENGTH.fullmatch(digits):
         raise ValueError(f"not a prefix length: {printable(text, 60)}")
     length = int(digits) if slash else bits
     if length > bits:
@@ -562,8 +567,12 @@ class Now(NamedTuple):
     mono: float
 
 
-# For each neighbor with a section of its own its attributes, and under "" those for all others.
-Attributes = Mapping[str, str]
+class Attributes(dict[str, str]):
+    """For each neighbor with a section of its own its attributes, and under "" those for all others."""
+
+    @functools.cached_property
+    def json(self) -> str:
+        return json.dumps(self)
 
 
 class Route(NamedTuple):
@@ -581,14 +590,13 @@ class Route(NamedTuple):
     def json(self) -> str:
         """What the journal keeps and the state shows; a monotonic time means nothing after a restart of the host.
 
-        Put together by hand: it stands between a command and its UPDATE, and json.dumps takes five times as long.
+        Put together by hand: it stands between a line and its UPDATE, and json.dumps takes five times as long.
         """
         until = "null" if self.until is None else repr(self.until)
-        words = ", ".join(f'"{key}": {json.dumps(getattr(self, key))}' for key in ("id", "source", "reason"))
-        attributes = json.dumps(self.attributes)
         return (
-            f'{{"prefix": "{self.prefix}", "announced_at": {self.announced_at!r}, "until": {until}, {words}, '
-            f'"attributes": {attributes}}}'
+            f'{{"prefix": "{self.prefix}", "announced_at": {self.announced_at!r}, "until": {until}, '
+            f'"id": {quote(self.id)}, "source": {quote(self.source)}, "reason": {quote(self.reason)}, '
+            f'"attributes": {self.attributes.json}}}'
         )
 
 
@@ -630,8 +638,10 @@ class Blackholes:
     def use(self, settings: Settings) -> None:
         self.settings = settings
         self.new_attributes: dict[int, Attributes] = {
-            version: {"": settings.bgp.attributes(version)}
-            | {address: bgp.attributes(version) for address, bgp in settings.neighbors.items()}
+            version: Attributes(
+                {"": settings.bgp.attributes(version)},
+                **{address: bgp.attributes(version) for address, bgp in settings.neighbors.items()},
+            )
             for version in (4, 6)
         }
 
@@ -976,7 +986,8 @@ def read_journal(text: str) -> Journal:
             record = json.loads(line)
             at = max(at, float(record.get("at", 0.0)))
             if record["do"] == "announce":
-                route = Route(**record["route"])
+                fields = record["route"]
+                route = Route(**{**fields, "attributes": Attributes(fields["attributes"])})
                 routes[route.prefix] = route
                 gone.pop(route.prefix, None)
             elif record["do"] == "withdraw":
@@ -1436,6 +1447,7 @@ class Loop:
         self.selector.register(0, selectors.EVENT_READ, self.read_exabgp)
         self.selector.register(wake_read, selectors.EVENT_READ, lambda: self.read_signals(wake_read))
         while self.running:
+            self.write_exabgp()  # first of all: everything else can wait until ExaBGP has its command
             self.housekeeping()
             self.write_exabgp()
             self.follow_up()

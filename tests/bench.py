@@ -276,8 +276,11 @@ class BirdSpeaker:
         (home / "bird.conf").write_text(f"""\
 router id 127.0.0.2;
 protocol device {{ }}
-protocol static {{ ipv4; include "{self.include}"; }}
-protocol bgp {{
+protocol static {{
+  ipv4;
+include "{self.include}";
+}}
+protocol bgp peer {{
   local 127.0.0.2 as 65001; neighbor 127.0.0.1 port {self.peer.port} as 65000; multihop;
   connect delay time 1;
   ipv4 {{ import none; export all; next hop self; }};
