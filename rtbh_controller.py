@@ -762,7 +762,8 @@ class Blackholes:
         up = state == "up"
         if state == neighbor.state == "down":
             return []  # said again at every attempt to connect
-        neighbor.state, neighbor.since, neighbor.audited, neighbor.flush = state, now.wall, False, up
+        neighbor.state, neighbor.since, neighbor.audited = state, now.wall, False
+        neighbor.flush = up and bool(self.routes or self.unanswered)  # nothing held, nothing lost
         self.audit_wanted = self.audit_wanted or up
         return [self.note(now, f"NEIGHBOR {address} {state}{': ' + printable(why) if why else ''}")]
 
@@ -833,7 +834,7 @@ class Blackholes:
                 self.routers.update(parse_prefix(word) for word in words[1:] if is_address(word))
             elif words[:1] == ["processes"] and len(words) > 3:
                 found[address] = words[2]
-        for known in set(self.neighbors) - set(found):
+        for known in set(self.neighbors) - set(found) if found else ():
             del self.neighbors[known]
         for address, process in found.items():
             self.routers.add(parse_prefix(address))
@@ -919,17 +920,16 @@ class Blackholes:
 
     def delivery(self, prefix: str) -> dict[str, str]:
         """For each neighbor: advertised, pending, down or unknown."""
-        waits = prefix in self.unanswered
-        return {
-            address: n.state
-            if n.state != "up"
-            else "unknown"
-            if prefix in self.refused
-            else "pending"
-            if waits or not n.audited
-            else "advertised"
-            for address, n in self.neighbors.items()
-        }
+        refused, waits = prefix in self.refused, prefix in self.unanswered
+
+        def status(neighbor: Neighbor) -> str:
+            if neighbor.state != "up":
+                return neighbor.state
+            if refused:
+                return "unknown"
+            return "pending" if waits or not neighbor.audited else "advertised"
+
+        return {address: status(neighbor) for address, neighbor in self.neighbors.items()}
 
     def note(self, now: Now, text: str) -> Log:
         self.recent.append((now.wall, text))
@@ -1103,7 +1103,8 @@ class Dialogue:
     WINDOW = 12 * 1024  # bytes
     LIST = 100  # prefixes in one line, when so many wait: ExaBGP takes twice as many a second that way
     SILENCE = 1.0  # seconds
-    PATIENCE = 5  # silences before a greeting counts as never to be answered
+    PATIENCE = 2  # silences before a greeting counts as never to be answered
+    SETTLED = 0.25  # seconds without an answer after which none to a predecessor is still to come
 
     def __init__(self) -> None:
         self.version = ""  # ExaBGP's, once it has said it
@@ -1424,6 +1425,7 @@ class Loop:
         self.lines = LineReader()
         self.pipe = -1
         self.pipe_trouble = ""
+        self.settled = False  # answers to a predecessor are over: from now on each one is ours
         self.out = b""  # taken from the dialogue, not yet written
         self.heard = b""  # the start of a line from ExaBGP
         self.stop_at: float | None = None
@@ -1485,7 +1487,7 @@ class Loop:
         return Now(time.time(), time.monotonic())
 
     def pause(self) -> float:
-        if self.stop_at is not None:
+        if self.stop_at is not None or not self.settled:
             return 0.05
         if self.pipe < 0:
             return 0.1
@@ -1528,9 +1530,11 @@ class Loop:
         if now.mono - self.expired_at >= 0.25:
             self.expired_at = now.mono
             self.apply(self.blackholes.expire(now))
-        if self.started and self.dialogue.greeted:
+        quiet = self.dialogue.greeted and now.mono - self.answered_at >= Dialogue.SETTLED
+        self.settled = self.settled or quiet or not self.dialogue.answers
+        if self.started and self.settled:
             self.apply(self.blackholes.ask())
-        full = len(self.dialogue.waiting) > self.QUEUE
+        full = len(self.dialogue.waiting) > self.QUEUE or not self.settled
         listening = self.pipe >= 0 and self.pipe in self.selector.get_map()
         if listening and full:
             self.selector.unregister(self.pipe)
