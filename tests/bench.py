@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from bgp_peer import Peer
-from lab import LabError, Process, Trio, clean_environment, find_exabgp, script, wait_for
+from lab import LabError, Process, Trio, clean_environment, find_exabgp, free_port, script, wait_for
 
 ATTRIBUTES = "next-hop self community [65535:666]"
 SETTINGS = "[safety]\nmax_routes = 50000\n[bgp]\nnext_hop = self\n"  # room for the bursts
@@ -117,6 +117,10 @@ class Bench:
         chain = kind(self.home / str(self.count), self.exabgp, hold_time)
         try:
             chain.start()
+            chain.announce("10.99.0.9/32")  # past the first moments, when a controller listens for its predecessor
+            chain.peer.wait_for_route("10.99.0.9/32")
+            chain.withdraw("10.99.0.9/32")
+            chain.peer.wait_for_count(0)
             yield chain
         finally:
             chain.stop()
@@ -281,7 +285,7 @@ protocol static {{
 include "{self.include}";
 }}
 protocol bgp peer {{
-  local 127.0.0.2 as 65001; neighbor 127.0.0.1 port {self.peer.port} as 65000; multihop;
+  local 127.0.0.2 port {free_port("127.0.0.2")} as 65001; neighbor 127.0.0.1 port {self.peer.port} as 65000; multihop;
   connect delay time 1;
   ipv4 {{ import none; export all; next hop self; }};
 }}
@@ -305,8 +309,7 @@ class GobgpSpeaker:
 
     def __init__(self, home: Path) -> None:
         self.client, self.peer = program("gobgp"), Peer()
-        with contextlib.closing(Peer()) as other:
-            self.api = other.port
+        self.api = free_port()
         (home / "gobgp.toml").write_text(f"""\
 [global.config]
 as = 65001
