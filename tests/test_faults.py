@@ -100,7 +100,7 @@ def faults(start_trio: StartTrio, exabgp: str, request: pytest.FixtureRequest) -
     os.close(harness.pipe)
 
 
-@pytest.mark.parametrize("faults", [1, 2], indirect=True)
+@pytest.mark.parametrize("faults", [1], indirect=True)
 def test_nothing_is_lost_or_left_over_whatever_dies(faults: Faults) -> None:
     for fault in FAULTS:
         faults.round(fault)
@@ -144,8 +144,8 @@ def advertised(trio: Trio) -> set[str]:
     [
         ("crash", signal.SIGKILL, True),
         ("crash", signal.SIGTERM, False),
-        ("always", signal.SIGTERM, True),
-        ("never", signal.SIGKILL, False),
+        pytest.param("always", signal.SIGTERM, True, marks=pytest.mark.slow),
+        pytest.param("never", signal.SIGKILL, False, marks=pytest.mark.slow),
     ],
 )
 def test_restore(exabgp: str, start_trio: StartTrio, restore: str, number: signal.Signals, back: bool) -> None:

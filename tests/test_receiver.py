@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -278,6 +279,8 @@ def test_sigterm_stops_it_at_once_even_with_a_client_connected(receiver: Receive
 
 
 def test_tls(stopped: Receiver) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is missing")
     certificate, key = stopped.directory / "crt.pem", stopped.directory / "key.pem"
     subprocess.run(
         f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 "
