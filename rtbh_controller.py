@@ -450,26 +450,31 @@ def parse_line(line: str) -> Command | None:
     words = line.split()
     if not words or words[0].startswith("#"):
         return None
-    invalid = f"INVALID command: {printable(line.strip())}"
     action = words.pop(0).lower()
     if action == "withdraw-all":
         if words:
-            raise ValueError(f"{invalid} (withdraw-all stands alone; to end one blackhole: withdraw PREFIX)")
+            raise invalid(line, "withdraw-all stands alone; to end one blackhole: withdraw PREFIX")
         return Command(action)
-    if action not in ("announce", "withdraw"):
-        raise ValueError(f"UNKNOWN action: {printable(action)}" if words else f"{invalid} (too few words)")
     if words and words[0].lower() == "route":  # FastNetMon writes ExaBGP's own form
         words.pop(0)
     if not words:
-        raise ValueError(f"{invalid} (too few words)")
+        raise invalid(line, "too few words")
+    if action not in ("announce", "withdraw"):
+        raise ValueError(f"UNKNOWN action: {printable(action)}")
     try:
         prefix = parse_prefix(words.pop(0))
+        if not words:
+            return Command(action, prefix)
         extra = dict(word.split("=", 1) for word in words if "=" in word)
         until = read_until(extra["until"]) if "until" in extra else None
     except ValueError as error:
-        raise ValueError(f"{invalid} ({error})") from None
+        raise invalid(line, str(error)) from None
     said = {key: printable(urllib.parse.unquote(extra[key])) for key in ("id", "source", "reason") if key in extra}
     return Command(action, prefix, until, **said)
+
+
+def invalid(line: str, why: str) -> ValueError:
+    return ValueError(f"INVALID command: {printable(line.strip())} ({why})")
 
 
 def read_until(text: str) -> float:
@@ -507,8 +512,7 @@ class LineReader:
         partial, self.partial, self.skipping = self.partial, b"", False
         if not partial.strip():
             return None
-        text = printable(partial.decode("ascii", "backslashreplace"))
-        return ValueError(f"INVALID command: {text} (no newline at its end)")
+        return invalid(partial.decode("ascii", "backslashreplace"), "no newline at its end")
 
 
 def too_long(raw: bytes) -> ValueError:
@@ -1650,10 +1654,10 @@ class Loop:
 
     def stop(self, now: Now, why: str) -> None:
         """A clean end: withdraw everything, wait for the answers, but not for long."""
+        self.messages.append(why)
         if self.stop_at is not None:
             return
         self.stop_at = now.mono + self.STOP
-        self.log(why)
         if self.started:
             self.apply(self.blackholes.stop(now))
         if self.pipe in self.selector.get_map():
