@@ -635,6 +635,7 @@ class Blackholes:
         self.routers: set[Prefix] = set()  # the neighbors' addresses and ExaBGP's own: never blackholed
         self.unanswered: dict[str, int] = {}  # prefix: commands without an answer
         self.refused: set[str] = set()  # prefixes whose last announce ExaBGP refused
+        self.refused_ids: deque[str] = deque(maxlen=200)  # of the last announces that a guard refused
         self.audit_wanted, self.auditing = True, False
         self.touched: set[str] = set()  # prefixes changed since the audit in progress was asked for
         self.recent: deque[tuple[float, str]] = deque(maxlen=50)  # time, message
@@ -674,6 +675,7 @@ class Blackholes:
         if refusal is None and command.until is not None and command.until <= now.wall:
             refusal = Refusal("until", "its end has passed")
         if refusal:
+            self.refused_ids.append(command.id)
             return [self.note(now, f"REFUSED {prefix}: {refusal.guard}: {refusal.why}")]
         if held and held.until is None and command.until is not None:
             stays = self.note(now, f"ANNOUNCE {prefix} (stays pinned by an announce without an end)")
@@ -1075,7 +1077,8 @@ def publication(blackholes: Blackholes, version: str, now: Now) -> str:
     neighbors = {address: {"state": n.state, "since": n.since} for address, n in blackholes.neighbors.items()}
     head = json.dumps(
         {"heartbeat": now.wall, "pid": os.getpid(), "exabgp": version, "neighbors": neighbors}
-        | {"recent": list(blackholes.recent), "limits": {"max_routes": blackholes.settings.safety.max_routes}}
+        | {"refused_ids": list(blackholes.refused_ids), "recent": list(blackholes.recent)}
+        | {"limits": {"max_routes": blackholes.settings.safety.max_routes}}
     )
     return f'{head[:-1]}, "routes": [{", ".join(routes)}]}}'
 

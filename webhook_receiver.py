@@ -16,6 +16,7 @@ Exit codes: 0 a clean end, 1 unusable settings or address, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hmac
 import http
@@ -50,12 +51,14 @@ from rtbh_controller import (
     load_settings,
     parse_prefix,
     printable,
+    read_state,
 )
 
 BODY_MAX = 64 * 1024  # bytes
 CLIENTS_MAX = 200  # connections served at once
 CLIENT_TIMEOUT = 10.0  # seconds a client may take to send, or stay idle
 WINDOW = 60.0  # seconds over which announcements are counted
+CONFIRM = 1.0  # seconds until a line must show in the published state, or is written again
 RETRY = 1.0  # seconds until a withdrawal that could not be written is tried again
 
 # ---------------------------------------------------------------- requests
@@ -148,6 +151,15 @@ class Timer(NamedTuple):
     length: int
 
 
+class Sent(NamedTuple):
+    """A line in the pipe that the published state does not show yet; `id` empty: an explicit withdraw."""
+
+    line: str
+    id: str
+    wall: float  # seconds since the epoch when it was first written
+    again_at: float  # monotonic: when to look, and if need be to write it again
+
+
 class Decision(NamedTuple):
     """What a request leads to: the line for the pipe, the timer if it announces, the answer and the log message."""
 
@@ -165,6 +177,7 @@ class Desk:
         self.settings = settings
         self.accepted: deque[float] = deque()  # monotonic times of the announcements that count
         self.timers: dict[str, Timer] = {}
+        self.sent: dict[str, Sent] = {}  # by prefix: a controller may die with what it has read
 
     def decide(self, request: Request, identity: str, now: Now) -> Decision:
         """What to do about a request; nothing is changed yet. Raises Rejected."""
@@ -213,17 +226,51 @@ class Desk:
     def commit(self, decision: Decision, request: Request, now: Now) -> None:
         """Record what a decision changes, once its line is in the pipe."""
         if request.prefix is None:
+            for prefix in [*self.timers, *self.sent]:
+                self.send(prefix, f"withdraw {prefix}", "", now)
             self.timers.clear()
         elif decision.timer is None:
             self.timers.pop(str(request.prefix), None)
+            self.send(str(request.prefix), decision.line, "", now)
         else:
             self.timers[decision.timer.prefix] = decision.timer
+            self.send(decision.timer.prefix, decision.line, decision.timer.id, now)
         if decision.charged:
             self.accepted.append(now.mono)
+
+    def send(self, prefix: str, line: str, identity: str, now: Now) -> None:
+        """Note that a line about the prefix was written."""
+        self.sent[prefix] = Sent(line, identity, now.wall, now.mono + CONFIRM)
+
+    def unconfirmed(self, state: dict[str, Any], now: Now) -> list[tuple[str, Sent]]:
+        """The lines to be written again; forgets those that the published state shows carried out or refused."""
+        again = []
+        if not state or not -CONFIRM < now.wall - state["heartbeat"] < 3.0:
+            return []  # the controller is away: what it does next is seen when it is back
+        routes = {route["prefix"]: route for route in state["routes"]}
+        for prefix, sent in list(self.sent.items()):
+            if now.mono < sent.again_at or state["heartbeat"] < sent.wall + 0.2:
+                continue
+            if carried_out(sent, routes.get(prefix), state["refused_ids"]):
+                del self.sent[prefix]
+            else:
+                again.append((prefix, sent))
+        return again
 
     def next_timer(self) -> Timer | None:
         """The timer that ends first, if any."""
         return min(self.timers.values(), default=None)
+
+
+def carried_out(sent: Sent, route: dict[str, Any] | None, refused: list[str]) -> bool:
+    """Whether the published state shows what the line asked for, or that it was refused or overtaken."""
+    if sent.line.startswith("announce"):
+        if route is None or sent.id in refused:
+            return sent.id in refused
+        return bool(route["until"] is None or route["id"] == sent.id or route["announced_at"] > sent.wall)
+    if route is None or route["source"] == "other":
+        return True
+    return bool(route["id"] != sent.id if sent.id else route["announced_at"] > sent.wall)
 
 
 def because(request: Request) -> str:
@@ -311,14 +358,26 @@ class Service:
         with self.changed:
             self.settings = self.desk.settings = settings
 
+    def send_again(self) -> None:
+        """Write again what the published state does not show: it died with a controller that had read it."""
+        now = Now(time.time(), time.monotonic())
+        if all(now.mono < sent.again_at for sent in self.desk.sent.values()):
+            return
+        for prefix, sent in self.desk.unconfirmed(read_state(self.settings.paths.state_file), now):
+            with contextlib.suppress(OSError):
+                self.pipe.write(sent.line)
+                self.log(f"SENT AGAIN {sent.line.split(' until=')[0]}: the controller does not show it")
+            self.desk.sent[prefix] = sent._replace(again_at=now.mono + CONFIRM)
+
     def run_timers(self) -> None:
         """Withdraw each blackhole at its time; a withdrawal that can't be written is tried until it is."""
         with self.changed:
             while True:
+                self.send_again()
                 timer = self.desk.next_timer()
                 left = math.inf if timer is None else timer.due - time.monotonic()
                 if timer is None or left > 0:
-                    self.changed.wait(min(left, 3600.0))
+                    self.changed.wait(min(left, CONFIRM if self.desk.sent else 3600.0))
                     continue
                 try:
                     self.pipe.write(f"withdraw {timer.prefix} id={timer.id}")
@@ -330,6 +389,8 @@ class Service:
                     continue
                 self.write_failed = False
                 del self.desk.timers[timer.prefix]
+                now = Now(time.time(), time.monotonic())
+                self.desk.send(timer.prefix, f"withdraw {timer.prefix} id={timer.id}", timer.id, now)
                 self.log(f"AUTO-WITHDRAW {timer.prefix} after {timer.length}s timeout")
 
 

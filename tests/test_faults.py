@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 from conftest import StartTrio
 from lab import LabError, Trio, Upstream, wait_for
+from test_end_to_end import post
 
 PREFIXES = [f"192.0.2.{n}/32" for n in range(40)]
 FAULTS = ("controller", "exabgp", "upstream", "reload", "none")
@@ -111,6 +113,25 @@ def test_nothing_is_lost_or_left_over_whatever_dies(faults: Faults) -> None:
 def test_fifty_rounds(faults: Faults) -> None:
     for _ in range(15):
         faults.round(faults.random.choice(FAULTS))
+
+
+def test_a_post_that_was_answered_200_survives_the_controllers_death(exabgp: str, start_trio: StartTrio) -> None:
+    webhook = "max_announcements_per_minute = 1000\nmax_routes = 1000\n"
+    trio, upstream = start_trio(exabgp, "[safety]\nmax_routes = 1000\n", webhook)
+    order = random.Random(7)
+    model: set[str] = set()
+    for _ in range(3):
+        controller = trio.state()["pid"]
+        for count in range(40):
+            prefix = order.choice(PREFIXES)
+            action = order.choice(("announce", "withdraw"))
+            status, _ = post(trio, json.dumps({"action": action, "target_ip": prefix}))
+            if status == 200:
+                (model.add if action == "announce" else model.discard)(prefix)
+            if count == 20:
+                os.kill(controller, signal.SIGKILL)
+        wait_for("its successor", lambda pid=controller: trio.state()["pid"] != pid)  # type: ignore[misc]
+        wait_for("all that was answered 200", lambda: upstream.table().keys() == advertised(trio) == model, 30)
 
 
 def test_a_full_disk_stops_nothing(newest_exabgp: str, start_trio: StartTrio) -> None:
@@ -253,3 +274,27 @@ def test_a_pipe_that_cannot_be_made_is_waited_for(newest_exabgp: str, directory:
 def wait_for_start(trio: Trio) -> None:
     trio.patience = 2.0
     trio.start_exabgp()
+
+
+def test_writers_wait_while_exabgp_does_not_read(newest_exabgp: str, start_trio: StartTrio) -> None:
+    trio, upstream = start_trio(newest_exabgp, "[safety]\nmax_routes = 100000\n")
+    trio.echo("announce 192.0.2.1")
+    wait_for("the first", lambda: set(upstream.table()) == {"192.0.2.1/32"})
+    assert trio.daemon is not None
+    trio.daemon.send(signal.SIGSTOP)
+    written, stuck_since = 0, time.monotonic()
+    pipe = os.open(trio.pipe, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        while time.monotonic() < stuck_since + 1:
+            try:
+                os.write(pipe, f"announce 10.0.{written >> 8}.{written & 255}\n".encode())
+                written, stuck_since = written + 1, time.monotonic()
+            except BlockingIOError:
+                continue
+        status = Path(f"/proc/{trio.state()['pid']}/status").read_text()
+    finally:
+        os.close(pipe)
+        trio.daemon.send(signal.SIGCONT)
+    assert 5_000 < written < 15_000  # what waits in the controller and in the pipe, and no more
+    assert int(status.partition("VmHWM:")[2].split()[0]) < 40 * 1024  # kB
+    wait_for("every line that was taken", lambda: len(upstream.table()) == written + 1, 30)

@@ -229,6 +229,42 @@ def test_no_sixty_seconds_hold_more_than_ten(pauses: list[float]) -> None:
             assert len(recent) == 10
 
 
+def state(after: float, *routes: dict[str, Any], refused: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"heartbeat": NOW.wall + after, "routes": list(routes), "refused_ids": list(refused)}
+
+
+def route(identity: str, until: float | None = 1.0, announced_at: float = NOW.wall) -> dict[str, Any]:
+    held = {"prefix": "192.0.2.1/32", "id": identity, "until": until, "source": "webhook"}
+    return held | {"announced_at": announced_at}
+
+
+@pytest.mark.parametrize(
+    ("action", "published", "again"),
+    [
+        ("announce", {}, False),  # the controller is away: nothing is known
+        ("announce", state(-9), False),
+        ("announce", state(0.1), False),  # published before it can have been read
+        ("announce", state(2), True),
+        ("announce", state(2, route("id1")), False),
+        ("announce", state(2, route("older", 1.0, NOW.wall - 1)), True),
+        ("announce", state(2, route("newer", 1.0, NOW.wall + 1)), False),  # another receiver's, since
+        ("announce", state(2, route("", None)), False),  # pinned by an operator
+        ("announce", state(2, refused=("id1",)), False),
+        ("withdraw", state(2), False),
+        ("withdraw", state(2, route("id1")), True),
+        ("withdraw", state(2, route("", None, NOW.wall + 1)), False),  # announced again since
+    ],
+)
+def test_a_line_is_written_again_until_the_state_shows_it(action: str, published: dict[str, Any], again: bool) -> None:
+    desk = Desk(settings())
+    asked = Request(action, parse_prefix("192.0.2.1"))
+    desk.commit(desk.decide(asked, "id1", NOW), asked, NOW)
+    later = Now(NOW.wall + 2, NOW.mono + 2)
+    assert len(desk.unconfirmed(published, later)) == again
+    seen = bool(published) and published["heartbeat"] > NOW.wall + 1
+    assert ("192.0.2.1/32" in desk.sent) == (again or not seen)
+
+
 def test_a_limit_of_routes() -> None:
     desk = Desk(settings("[webhook]\nmax_routes = 2"))
     announce(desk, "192.0.2.1", NOW)
