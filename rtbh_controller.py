@@ -49,6 +49,8 @@ from typing import Any, Callable, NamedTuple, Union
 DEFAULT_CONFIG = "/etc/exabgp/rtbh.conf"
 PLACEHOLDER_TOKEN = "your-secret-webhook-token"
 LINE_MAX = 4096  # bytes; a write of at most PIPE_BUF is atomic (POSIX), so a longer line may be torn
+PIPE_SIZE = 64 * 1024  # bytes that a pipe holds
+READ_SIZE = 8 * 1024  # bytes read at once, a part of a burst: while ExaBGP works on it the next is read
 BACKSTOP_GRACE = 10.0  # seconds after a route's end in which its receiver may withdraw it itself
 HEARTBEAT = 1.0  # seconds between two publications of an unchanged state
 PUBLISH_PAUSE = 0.02  # seconds: the least time between two publications
@@ -1543,6 +1545,8 @@ class Loop:
             self.apply(self.blackholes.ask())
         full = len(self.dialogue.waiting) > self.QUEUE or not self.settled
         listening = self.pipe >= 0 and self.pipe in self.selector.get_map()
+        if full:
+            self.pipe_at = now.mono  # the rest of a partial line waits in the pipe: it is not late, we are
         if listening and full:
             self.selector.unregister(self.pipe)
         elif self.pipe >= 0 and not listening and not full:
@@ -1561,7 +1565,8 @@ class Loop:
                 except FileNotFoundError:
                     pass
                 self.log(f"ERROR: {path} was deleted or replaced; opening it anew")
-                self.read_pipe()
+                for _ in range(PIPE_SIZE // READ_SIZE):  # what was written before is not lost
+                    self.read_pipe()
                 if self.pipe in self.selector.get_map():
                     self.selector.unregister(self.pipe)
                 os.close(self.pipe)
@@ -1595,7 +1600,7 @@ class Loop:
 
     def read_pipe(self) -> None:
         try:
-            data = os.read(self.pipe, 8192)  # a part of a burst: while ExaBGP works on it we read the next
+            data = os.read(self.pipe, READ_SIZE)
         except BlockingIOError:
             return
         now = self.now()
