@@ -53,7 +53,7 @@ PIPE_SIZE = 64 * 1024  # bytes that a pipe holds
 READ_SIZE = 8 * 1024  # bytes read at once, a part of a burst: while ExaBGP works on it the next is read
 BACKSTOP_GRACE = 10.0  # seconds after a route's end in which its receiver may withdraw it itself
 HEARTBEAT = 1.0  # seconds between two publications of an unchanged state
-PUBLISH_PAUSE = 0.02  # seconds: the least time between two publications
+PUBLISH_PAUSE = 0.006  # seconds from a change to its publication: by then ExaBGP has sent the UPDATE
 
 # ---------------------------------------------------------------- prefixes
 
