@@ -33,7 +33,7 @@ import logging.handlers
 import os
 import queue
 import re
-import selectors
+import select
 import signal
 import socket
 import stat
@@ -44,7 +44,7 @@ import urllib.parse
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quote
-from typing import Any, Callable, NamedTuple, Union
+from typing import Any, Callable, NamedTuple
 
 DEFAULT_CONFIG = "/etc/exabgp/rtbh.conf"
 PLACEHOLDER_TOKEN = "your-secret-webhook-token"
@@ -58,7 +58,7 @@ PUBLISH_PAUSE = 0.006  # seconds from a change to its publication: by then ExaBG
 # ---------------------------------------------------------------- prefixes
 
 
-PREFIX_LENGTH = re.compile("0|[1-9][0-9]{0,2}")
+LENGTHS = {str(length): length for length in range(129)}  # the one way to write each
 
 
 class Prefix(NamedTuple):
@@ -93,25 +93,38 @@ def parse_prefix(text: str) -> Prefix:
 
     Raises ValueError, with a text for a person, for anything else: spaces, leading zeros, scopes
     (RFC 4007), host bits, IPv4-mapped addresses (RFC 4291), which would pass a whitelist of IPv4
-    networks. Addresses are read by inet_pton (RFC 3493), which takes no other forms.
+    networks.
     """
     address, slash, digits = text.partition("/")
-    version, family, bits = (6, socket.AF_INET6, 128) if ":" in address else (4, socket.AF_INET, 32)
+    version, bits = (6, 128) if ":" in address else (4, 32)
     try:
-        packed = socket.inet_pton(family, address)
-    except (OSError, ValueError):  # a ValueError for a NUL or a surrogate
+        first, address = read_ipv6(address) if version == 6 else read_ipv4(address)
+    except (OSError, ValueError):
         raise ValueError(f"not an IPv4 or IPv6 address or prefix: {printable(text, 60)}") from None
-    if slash and not PREFIX_LENGTH.fullmatch(digits):
-        raise ValueError(f"not a prefix length: {printable(text, 60)}")
-    length = int(digits) if slash else bits
-    if length > bits:
-        raise ValueError(f"not a prefix length: /{length}, at most /{bits} for IPv{version}")
-    first, hosts = int.from_bytes(packed, "big"), (1 << (bits - length)) - 1
+    length = LENGTHS.get(digits) if slash else bits
+    if length is None or length > bits:
+        raise ValueError(f"not a prefix length: /{printable(digits, 20)}, at most /{bits} for IPv{version}")
+    hosts = (1 << (bits - length)) - 1
     if first & hosts:
         raise ValueError(f"not a prefix: {address} has host bits set for /{length}")
     if version == 6 and first >> 32 == 0xFFFF:
-        raise ValueError(f"an IPv4-mapped address: write {socket.inet_ntop(socket.AF_INET, packed[12:])}")
-    return Prefix(version, first, first | hosts, length, f"{socket.inet_ntop(family, packed)}/{length}")
+        mapped = socket.inet_ntoa((first & 0xFFFFFFFF).to_bytes(4, "big"))
+        raise ValueError(f"an IPv4-mapped address: write {mapped}")
+    return Prefix(version, first, first | hosts, length, f"{address}/{length}")
+
+
+def read_ipv4(text: str) -> tuple[int, str]:
+    """The address as an integer, and in its one canonical form. Raises ValueError for any other form."""
+    a, b, c, d = bytes(map(int, text.split(".")))
+    if f"{a}.{b}.{c}.{d}" != text:
+        raise ValueError(text)
+    return a << 24 | b << 16 | c << 8 | d, text
+
+
+def read_ipv6(text: str) -> tuple[int, str]:
+    """The address as an integer, and in its canonical form (RFC 5952). Raises OSError or ValueError."""
+    packed = socket.inet_pton(socket.AF_INET6, text)
+    return int.from_bytes(packed, "big"), socket.inet_ntop(socket.AF_INET6, packed)
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -450,24 +463,24 @@ class Command(NamedTuple):
 def parse_line(line: str) -> Command | None:
     """A Command, or None for a blank line or a comment. Raises ValueError with the message to log."""
     words = line.split()
-    if not words or words[0].startswith("#"):
+    if not words or words[0][0] == "#":
         return None
-    action = words.pop(0).lower()
+    action = words[0].lower()
     if action == "withdraw-all":
-        if words:
+        if len(words) > 1:
             raise invalid(line, "withdraw-all stands alone; to end one blackhole: withdraw PREFIX")
         return Command(action)
-    if words and words[0].lower() == "route":  # FastNetMon writes ExaBGP's own form
-        words.pop(0)
-    if not words:
+    if len(words) > 1 and words[1].lower() == "route":  # FastNetMon writes ExaBGP's own form
+        del words[1]
+    if len(words) < 2:
         raise invalid(line, "too few words")
     if action not in ("announce", "withdraw"):
         raise ValueError(f"UNKNOWN action: {printable(action)}")
     try:
-        prefix = parse_prefix(words.pop(0))
-        if not words:
+        prefix = parse_prefix(words[1])
+        if len(words) == 2:
             return Command(action, prefix)
-        extra = dict(word.split("=", 1) for word in words if "=" in word)
+        extra = dict(word.split("=", 1) for word in words[2:] if "=" in word)
         until = read_until(extra["until"]) if "until" in extra else None
     except ValueError as error:
         raise invalid(line, str(error)) from None
@@ -489,81 +502,73 @@ class LineReader:
     """Cuts a byte stream into lines, whatever the pieces it comes in; over-long lines give an error, once."""
 
     def __init__(self) -> None:
-        self.partial = b""
+        self.partial = ""
         self.skipping = False
 
     def feed(self, data: bytes) -> list[str | ValueError]:
         """The lines that `data` completes; a ValueError carries the message to log instead of a line."""
-        *complete, self.partial = (self.partial + data).split(b"\n")
-        lines: list[str | ValueError] = []
-        for raw in complete:
-            if self.skipping:
-                self.skipping = False
-            elif len(raw) >= LINE_MAX:
-                lines.append(too_long(raw))
-            else:
-                lines.append(raw.decode("ascii", "backslashreplace"))
+        complete = (self.partial + data.decode("ascii", "backslashreplace")).split("\n")
+        self.partial = complete.pop()
+        if self.skipping and complete:
+            self.skipping = False
+            del complete[0]
+        lines = [line if len(line) < LINE_MAX else too_long(line) for line in complete]
         if len(self.partial) >= LINE_MAX:
             if not self.skipping:
                 lines.append(too_long(self.partial))
-            self.skipping, self.partial = True, b""
+            self.skipping, self.partial = True, ""
         return lines
 
     def give_up(self) -> ValueError | None:
         """Drop a line whose end never came: half of `192.0.2.100` is another address."""
-        partial, self.partial, self.skipping = self.partial, b"", False
-        if not partial.strip():
-            return None
-        return invalid(partial.decode("ascii", "backslashreplace"), "no newline at its end")
+        partial, self.partial, self.skipping = self.partial, "", False
+        return invalid(partial, "no newline at its end") if partial.strip() else None
 
 
-def too_long(raw: bytes) -> ValueError:
-    start = printable(raw[:40].decode("ascii", "backslashreplace"))
-    return ValueError(f"INVALID command: {start}... (longer than {LINE_MAX - 1} bytes)")
+def too_long(line: str) -> str | ValueError:
+    return ValueError(f"INVALID command: {printable(line[:40])}... (longer than {LINE_MAX - 1} bytes)")
 
 
 # ---------------------------------------------------------------- decisions
 
 
-class Log(NamedTuple):
-    """Effect: write this message to the log."""
-
-    text: str
-
-
 class Tell(NamedTuple):
-    """Effect: give this command to ExaBGP.
+    """A command for ExaBGP. One about a route has a prefix; any other is the `verb` alone.
 
-    About a route, `head` says who is told what (`neighbor A announce`); otherwise it is the whole
-    command. `repair`: it mends what an audit found.
+    `who`: the neighbors it is for (`neighbor A, neighbor B `), empty for all. `repair`: it mends
+    what an audit found.
     """
 
-    head: str
+    verb: str
     prefix: str = ""
     attributes: str = ""
+    who: str = ""
     repair: bool = False
 
     def joins(self, other: Tell) -> bool:
         """Whether both may stand in one list: one list of one family with the same attributes keeps the order."""
-        same = self.prefix and other.prefix and (":" in self.prefix) == (":" in other.prefix)
-        return bool(same) and self.head == other.head and self.attributes == other.attributes
+        return bool(self.prefix and other.prefix) and self[2:4] == other[2:4] and self.kind == other.kind
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        return self.verb, ":" in self.prefix
 
 
 def render(commands: Sequence[Tell]) -> str:
     """The line for ExaBGP: the plain form for one command, a list for several that may stand in one."""
-    first = commands[0]
+    verb, prefix, attributes, who, _ = commands[0]
     if len(commands) > 1:
-        return f"{first.head} attributes {first.attributes} nlri {' '.join(c.prefix for c in commands)}"
-    return f"{first.head} route {first.prefix} {first.attributes}" if first.prefix else first.head
+        return f"{who}{verb} attributes {attributes} nlri {' '.join(c.prefix for c in commands)}"
+    return f"{who}{verb} route {prefix} {attributes}" if prefix else verb
 
 
-class Record(NamedTuple):
-    """Effect: append this line of JSON to the journal, before any command is written."""
+class Effects:
+    """What is to be done, each list in order: append the records (lines of JSON) to the journal, tell, then log."""
 
-    text: str
-
-
-Effect = Union[Log, Tell, Record]
+    def __init__(self) -> None:
+        self.records: list[str] = []
+        self.commands: list[Tell] = []
+        self.messages: list[str] = []
 
 
 class Now(NamedTuple):
@@ -620,7 +625,7 @@ QUESTIONS = ("show neighbor configuration", "show neighbor summary", "show adj-r
 
 
 class Blackholes:
-    """Which prefixes are blackholed, what each neighbor was told, and what follows. No I/O, no clock.
+    """Which prefixes are blackholed, what each neighbor was told, and what follows: the effects. No I/O, no clock.
 
     An audit asks ExaBGP for its neighbors and their adj-RIB-out, and repairs what differs from
     what is held: at start (what did a predecessor leave?), after a session comes up (a flap loses
@@ -629,6 +634,7 @@ class Blackholes:
 
     def __init__(self, settings: Settings) -> None:
         self.use(settings)
+        self.effects = Effects()
         self.routes: dict[str, Route] = {}
         self.texts: dict[str, str] = {}  # what is published of each
         self.gone: dict[str, Attributes] = {}  # withdrawn, but perhaps still in ExaBGP's adj-RIB-out
@@ -654,50 +660,52 @@ class Blackholes:
 
     # -- commands of the pipe
 
-    def line(self, line: str | ValueError, now: Now) -> list[Effect]:
+    def line(self, line: str | ValueError, now: Now) -> None:
         """What one line of the pipe does."""
         try:
             if isinstance(line, ValueError):
                 raise line
             command = parse_line(line)
         except ValueError as error:
-            return [self.note(now, str(error))]
+            self.note(now, str(error))
+            return
         if command is None:
-            return []
+            return
         if command.prefix is None:
-            return self.withdraw_all(now)
-        if command.action == "withdraw":
-            return self.withdraw(command.prefix, now, command.id)
-        return self.announce(command.prefix, command, now)
+            self.withdraw_all(now)
+        elif command.action == "withdraw":
+            self.withdraw(command.prefix, now, command.id)
+        else:
+            self.announce(command.prefix, command, now)
 
-    def announce(self, network: Prefix, command: Command, now: Now) -> list[Effect]:
-        prefix = str(network)
+    def announce(self, network: Prefix, command: Command, now: Now) -> None:
+        prefix = network.text
         held = self.routes.get(prefix)
         refusal = self.refusal(network, held is not None)
         if refusal is None and command.until is not None and command.until <= now.wall:
             refusal = Refusal("until", "its end has passed")
         if refusal:
             self.refused_ids.append(command.id)
-            return [self.note(now, f"REFUSED {prefix}: {refusal.guard}: {refusal.why}")]
+            self.note(now, f"REFUSED {prefix}: {refusal.guard}: {refusal.why}")
+            return
         if held and held.until is None and command.until is not None:
-            stays = self.note(now, f"ANNOUNCE {prefix} (stays pinned by an announce without an end)")
-            return [stays, *self.tell("announce", prefix, held.attributes)]
+            self.note(now, f"ANNOUNCE {prefix} (stays pinned by an announce without an end)")
+            self.tell("announce", prefix, held.attributes)
+            return
         deadline = None if command.until is None else now.mono + command.until - now.wall
         route = Route(
-            prefix, self.attributes(network.version), now.wall, command.until, deadline, command.id, command.source,
+            prefix, self.new_attributes[network.version], now.wall, command.until, deadline, command.id, command.source,
             command.reason,
         )  # fmt: skip
-        return [
-            *self.hold(route),
-            self.note(now, f"ANNOUNCE {prefix}"),
-            *self.tell("announce", prefix, route.attributes),
-        ]
+        self.hold(route)
+        self.note(now, f"ANNOUNCE {prefix}")
+        self.tell("announce", prefix, route.attributes)
 
     def refusal(self, prefix: Prefix, held: bool) -> Refusal | None:
         """The guard that stops an announce of the prefix, if any."""
         refusal = check_prefix(prefix, self.settings.safety, self.routers)
         count = len(self.routes) + len(self.others)
-        if refusal is None and str(prefix) in self.others:
+        if refusal is None and prefix.text in self.others:
             refusal = Refusal("static", "exabgp.conf announces it: a later withdraw would end that")
         if refusal is None and not held and count >= self.settings.safety.max_routes:
             refusal = Refusal("max_routes", f"{count} routes are held")
@@ -708,89 +716,93 @@ class Blackholes:
                     return Refusal("next_hop_ipv6", why)
         return refusal
 
-    def withdraw(self, network: Prefix, now: Now, identity: str = "") -> list[Effect]:
+    def withdraw(self, network: Prefix, now: Now, identity: str = "") -> None:
         """End a blackhole; with an `identity`, only the announcement of that id. Passed on, held or not."""
-        prefix = str(network)
+        prefix = network.text
         held = self.routes.get(prefix)
-        if held and identity and held.id != identity:
-            return [self.note(now, f"KEPT {prefix}: announced again since by {held.source}, id {identity} is over")]
-        attributes = held.attributes if held else self.gone.get(prefix) or self.attributes(network.version)
-        effects: list[Effect] = self.release(prefix) if held else []
-        return [*effects, self.note(now, f"WITHDRAW {prefix}"), *self.tell("withdraw", prefix, attributes)]
+        if identity and (held.id != identity if held else prefix in self.others):
+            by = f"announced again since by {held.source}" if held else "exabgp.conf announces it"
+            self.note(now, f"KEPT {prefix}: {by}, id {identity} is over")
+            return
+        attributes = held.attributes if held else self.gone.get(prefix) or self.new_attributes[network.version]
+        if held:
+            self.release(prefix)
+        self.note(now, f"WITHDRAW {prefix}")
+        self.tell("withdraw", prefix, attributes)
 
-    def withdraw_all(self, now: Now) -> list[Effect]:
-        effects: list[Effect] = [self.note(now, f"WITHDRAW-ALL {len(self.routes)} routes")]
+    def withdraw_all(self, now: Now) -> None:
+        self.note(now, f"WITHDRAW-ALL {len(self.routes)} routes")
         for prefix in list(self.routes):
-            effects += self.withdraw(parse_prefix(prefix), now)
-        return effects
+            self.withdraw(parse_prefix(prefix), now)
 
-    def expire(self, now: Now) -> list[Effect]:
+    def expire(self, now: Now) -> None:
         """Withdraw what should long have been withdrawn: the backstop for a receiver that is gone."""
-        effects: list[Effect] = []
         for prefix, route in list(self.routes.items()):
             if route.deadline is not None and now.mono >= route.deadline + BACKSTOP_GRACE:
-                effects.append(self.note(now, f"OVERDUE {prefix}: its end passed, nobody withdrew it"))
-                effects += self.withdraw(parse_prefix(prefix), now)
-        return effects
+                self.note(now, f"OVERDUE {prefix}: its end passed, nobody withdrew it")
+                self.withdraw(parse_prefix(prefix), now)
 
-    def reload(self, settings: Settings, now: Now) -> list[Effect]:
+    def reload(self, settings: Settings, now: Now) -> None:
         """Put new settings in force: end what is now protected, report the rest, renew attributes."""
         self.use(settings)
-        effects: list[Effect] = []
         for prefix, route in list(self.routes.items()):
             network = parse_prefix(prefix)
             refusal = check_prefix(network, settings.safety, self.routers)
-            attributes = self.attributes(network.version)
+            attributes = self.new_attributes[network.version]
             if refusal and refusal.guard == "whitelist":
-                effects.append(self.note(now, f"PROTECTED {prefix}: whitelist: {refusal.why}"))
-                effects += self.withdraw(network, now)
+                self.note(now, f"PROTECTED {prefix}: whitelist: {refusal.why}")
+                self.withdraw(network, now)
                 continue
             if refusal:
-                effects.append(self.note(now, f"WARNING: {prefix} stays blackholed: {refusal.guard}: {refusal.why}"))
+                self.note(now, f"WARNING: {prefix} stays blackholed: {refusal.guard}: {refusal.why}")
             if attributes != route.attributes:
-                effects += [*self.hold(route._replace(attributes=attributes))]
-                effects += [self.note(now, f"ANNOUNCE {prefix}"), *self.tell("announce", prefix, attributes)]
-        return effects
+                self.hold(route._replace(attributes=attributes))
+                self.note(now, f"ANNOUNCE {prefix}")
+                self.tell("announce", prefix, attributes)
 
-    def stop(self, now: Now) -> list[Effect]:
+    def stop(self, now: Now) -> None:
         """A clean end: the journal keeps what is held, for `restore = always`; the neighbors lose it."""
-        effects: list[Effect] = [Record(json.dumps({"do": "stop", "at": now.wall}))]
+        self.record({"do": "stop", "at": now.wall})
         for prefix, route in self.routes.items():
-            effects += [self.note(now, f"WITHDRAW {prefix}"), *self.tell("withdraw", prefix, route.attributes)]
+            self.note(now, f"WITHDRAW {prefix}")
+            self.tell("withdraw", prefix, route.attributes)
         self.routes.clear()
         self.texts.clear()
-        return effects
 
     # -- what ExaBGP says
 
-    def session(self, address: str, state: str, why: str, now: Now) -> list[Effect]:
+    def session(self, address: str, state: str, why: str, now: Now) -> None:
         """A BGP session came up or went down."""
         neighbor = self.neighbors.setdefault(address, Neighbor())
         self.routers.add(parse_prefix(address))
         up = state == "up"
         if state == neighbor.state == "down":
-            return []  # said again at every attempt to connect
+            return  # said again at every attempt to connect
         neighbor.state, neighbor.since, neighbor.audited = state, now.wall, False
         neighbor.flush = up and bool(self.routes or self.unanswered)  # nothing held, nothing lost
         self.audit_wanted = self.audit_wanted or up
-        return [self.note(now, f"NEIGHBOR {address} {state}{': ' + printable(why) if why else ''}")]
+        self.note(now, f"NEIGHBOR {address} {state}{': ' + printable(why) if why else ''}")
 
-    def answered(self, command: Tell, accepted: bool, output: list[str], now: Now) -> list[Effect]:
+    def answered(self, command: Tell, accepted: bool, output: list[str], now: Now) -> None:
         """ExaBGP has answered a command."""
-        if command.head in QUESTIONS:
-            return self.learn(command.head, output, now) if accepted else self.question_failed(now)
+        if command.verb in QUESTIONS:
+            if accepted:
+                self.learn(command.verb, output, now)
+            else:
+                self.auditing = False
+                self.note(now, "ERROR: ExaBGP does not say what it holds")
         prefix = command.prefix
         if not prefix:
-            return []
+            return
         last = self.count_answer(prefix)
         if last and accepted:
             self.gone.pop(prefix, None)  # ExaBGP has carried out the last command, so a withdraw too
         if accepted:
             self.refused.discard(prefix)
-            return []
+            return
         self.refused.add(prefix)
         self.audit_wanted = self.audit_wanted or not command.repair
-        return [self.note(now, f"ERROR: ExaBGP refused: {render([command])}")]
+        self.note(now, f"ERROR: ExaBGP refused: {render([command])}")
 
     def count_answer(self, prefix: str) -> bool:
         """Whether no command about the prefix is without an answer any more."""
@@ -799,37 +811,33 @@ class Blackholes:
             self.unanswered[prefix] = left
         return left <= 0
 
-    def never_answered(self, commands: Iterable[Tell], now: Now) -> list[Effect]:
+    def never_answered(self, commands: Iterable[Tell], now: Now) -> None:
         """ExaBGP has left these commands without an answer: ask what became of them."""
         for command in commands:
             self.count_answer(command.prefix)
             self.audit_wanted = self.audit_wanted or not command.repair
-            self.auditing = self.auditing and command.head not in QUESTIONS
-        return [self.note(now, "ERROR: ExaBGP left commands unanswered; asking what it holds")]
+            self.auditing = self.auditing and command.verb not in QUESTIONS
+        self.note(now, "ERROR: ExaBGP left commands unanswered; asking what it holds")
 
     # -- audits
 
-    def ask(self) -> list[Effect]:
+    def ask(self) -> None:
         """Begin an audit if one is wanted and none is under way."""
-        if not self.audit_wanted or self.auditing:
-            return []
-        self.audit_wanted, self.auditing = False, True
-        self.touched.clear()
-        return [Tell(question) for question in QUESTIONS]
+        if self.audit_wanted and not self.auditing:
+            self.audit_wanted, self.auditing = False, True
+            self.touched.clear()
+            self.effects.commands += [Tell(question) for question in QUESTIONS]
 
-    def question_failed(self, now: Now) -> list[Effect]:
-        self.auditing = False
-        return [self.note(now, "ERROR: ExaBGP does not say what it holds")]
-
-    def learn(self, question: str, output: list[str], now: Now) -> list[Effect]:
+    def learn(self, question: str, output: list[str], now: Now) -> None:
         if question == QUESTIONS[0]:
-            return self.learn_neighbors(output)
-        if question == QUESTIONS[1]:
-            return self.learn_sessions(output, now)
-        self.auditing = False
-        return self.repair(parse_adj_rib_out(output), now)
+            self.learn_neighbors(output)
+        elif question == QUESTIONS[1]:
+            self.learn_sessions(output, now)
+        else:
+            self.auditing = False
+            self.repair(parse_adj_rib_out(output), now)
 
-    def learn_neighbors(self, output: list[str]) -> list[Effect]:
+    def learn_neighbors(self, output: list[str]) -> None:
         """The neighbors of exabgp.conf that the controller's announcements reach, and our own addresses."""
         found: dict[str, str] = {}
         address = ""
@@ -848,21 +856,18 @@ class Blackholes:
             self.routers.add(parse_prefix(address))
             if process:
                 self.neighbors.setdefault(address, Neighbor())
-        return []
 
-    def learn_sessions(self, output: list[str], now: Now) -> list[Effect]:
+    def learn_sessions(self, output: list[str], now: Now) -> None:
         """The sessions of neighbors from which no event has come; 4.2 lists the established ones alone."""
         established = {line.split()[0] for line in output if line.rstrip() and "established" in line.split()}
-        effects: list[Effect] = []
         wanted = self.audit_wanted
         for address, neighbor in self.neighbors.items():
             if neighbor.state == "unknown":
-                effects += self.session(address, "up" if address in established else "down", "", now)
+                self.session(address, "up" if address in established else "down", "", now)
                 neighbor.flush = False
         self.audit_wanted = wanted  # what has long been up is part of the audit under way
-        return effects
 
-    def repair(self, table: dict[str, dict[str, str]], now: Now) -> list[Effect]:
+    def repair(self, table: dict[str, dict[str, str]], now: Now) -> None:
         """Compare adj-RIB-out with what is held and mend the difference, but for what changed meanwhile."""
         missing: dict[str, list[str]] = {}
         for address in self.neighbors:
@@ -871,16 +876,15 @@ class Blackholes:
                 wanted = communities_of(route.attributes.get(address, route.attributes[""]))
                 if has.get(prefix) != wanted and prefix not in self.touched:
                     missing.setdefault(prefix, []).append(address)
-        effects: list[Effect] = []
         for prefix, addresses in missing.items():
-            effects.append(self.note(now, f"REPAIR announce {prefix} to {' '.join(addresses)}"))
-            effects += self.tell("announce", prefix, self.routes[prefix].attributes, addresses, repair=True)
+            self.note(now, f"REPAIR announce {prefix} to {' '.join(addresses)}")
+            self.tell("announce", prefix, self.routes[prefix].attributes, addresses, repair=True)
         self.others = {}
         for address in table.keys() & self.neighbors.keys():
             for prefix in table[address].keys() - self.routes.keys() - self.touched:
                 if prefix in self.gone:
-                    effects.append(self.note(now, f"REPAIR withdraw {prefix} from {address}"))
-                    effects += self.tell("withdraw", prefix, self.gone[prefix], [address], repair=True)
+                    self.note(now, f"REPAIR withdraw {prefix} from {address}")
+                    self.tell("withdraw", prefix, self.gone[prefix], [address], repair=True)
                 else:
                     self.others.setdefault(prefix, []).append(address)
         listed = {prefix for has in table.values() for prefix in has}
@@ -890,41 +894,40 @@ class Blackholes:
             neighbor.audited = True
             if neighbor.flush:
                 neighbor.flush = False
-                effects.append(Tell(f"neighbor {address} flush adj-rib out"))
-        return effects
+                self.effects.commands.append(Tell(f"neighbor {address} flush adj-rib out"))
 
     # -- what every change has in common
 
-    def attributes(self, version: int) -> Attributes:
-        """The attributes of a new route to each neighbor."""
-        return self.new_attributes[version]
+    def hold(self, route: Route) -> None:
+        prefix, text = route.prefix, route.json()
+        self.routes[prefix], self.texts[prefix] = route, text
+        self.gone.pop(prefix, None)
+        self.effects.records.append(f'{{"do": "announce", "route": {text}}}')
 
-    def hold(self, route: Route) -> list[Effect]:
-        self.routes[route.prefix] = route
-        text = self.texts[route.prefix] = route.json()
-        self.gone.pop(route.prefix, None)
-        return [Record(f'{{"do": "announce", "at": {route.announced_at!r}, "route": {text}}}')]
-
-    def release(self, prefix: str) -> list[Effect]:
+    def release(self, prefix: str) -> None:
         self.gone[prefix] = self.routes.pop(prefix).attributes
         del self.texts[prefix]
-        return [Record(f'{{"do": "withdraw", "prefix": "{prefix}"}}')]
+        self.record({"do": "withdraw", "prefix": prefix})
+
+    def record(self, record: dict[str, Any]) -> None:
+        self.effects.records.append(json.dumps(record))
 
     def tell(
         self, verb: str, prefix: str, attributes: Attributes, only: list[str] | None = None, repair: bool = False
-    ) -> list[Effect]:
+    ) -> None:
         """The commands for a prefix: one for all neighbors, or one for each set of attributes."""
-        if not repair:
+        if self.auditing and not repair:
             self.touched.add(prefix)
+        commands = self.effects.commands
         if len(attributes) == 1 and (only is None or len(only) == len(self.neighbors)):
-            effects: list[Effect] = [Tell(verb, prefix, attributes[""], repair)]
-        else:
-            groups: dict[str, list[str]] = {}
-            for address in self.neighbors if only is None else only:
-                groups.setdefault(attributes.get(address, attributes[""]), []).append(f"neighbor {address}")
-            effects = [Tell(f"{', '.join(who)} {verb}", prefix, text, repair) for text, who in groups.items()]
-        self.unanswered[prefix] = self.unanswered.get(prefix, 0) + len(effects)
-        return effects
+            commands.append(Tell(verb, prefix, attributes[""], "", repair))
+            self.unanswered[prefix] = self.unanswered.get(prefix, 0) + 1
+            return
+        groups: dict[str, list[str]] = {}
+        for address in self.neighbors if only is None else only:
+            groups.setdefault(attributes.get(address, attributes[""]), []).append(f"neighbor {address}")
+        commands += [Tell(verb, prefix, text, f"{', '.join(who)} ", repair) for text, who in groups.items()]
+        self.unanswered[prefix] = self.unanswered.get(prefix, 0) + len(groups)
 
     def delivery(self, prefix: str) -> dict[str, str]:
         """For each neighbor: advertised, pending, down or unknown."""
@@ -939,9 +942,10 @@ class Blackholes:
 
         return {address: status(neighbor) for address, neighbor in self.neighbors.items()}
 
-    def note(self, now: Now, text: str) -> Log:
+    def note(self, now: Now, text: str) -> None:
+        """Log it, and remember it for the status."""
         self.recent.append((now.wall, text))
-        return Log(text)
+        self.effects.messages.append(text)
 
 
 def is_address(text: str) -> bool:
@@ -992,7 +996,7 @@ def read_journal(text: str) -> Journal:
     for line in text.splitlines():
         try:
             record = json.loads(line)
-            at = max(at, float(record.get("at", 0.0)))
+            at = max(at, float(record.get("route", record).get("announced_at", 0.0)), float(record.get("at", 0.0)))
             if record["do"] == "announce":
                 fields = record["route"]
                 route = Route(**{**fields, "attributes": Attributes(fields["attributes"])})
@@ -1011,7 +1015,7 @@ def read_journal(text: str) -> Journal:
     return Journal(routes, gone, exabgp, stopped, at)
 
 
-def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> list[Effect]:
+def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> None:
     """Take over what a predecessor held, as `[safety] restore` says.
 
     The same ExaBGP: the controller died alone, its routes are still announced, they stay ours.
@@ -1026,13 +1030,13 @@ def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> 
         why = "restore = never"
     elif not same and now.wall - journal.at > safety.restore_max_age:
         why = f"last seen {now.wall - journal.at:.0f} s ago, above restore_max_age"
-    effects: list[Effect] = [Record(json.dumps({"do": "start", "at": now.wall, "exabgp": exabgp}))]
+    blackholes.record({"do": "start", "at": now.wall, "exabgp": exabgp})
     if same:
         blackholes.gone = dict(journal.gone)
     for route in journal.routes.values():
         over = not same and route.until is not None and route.until <= now.wall
         if why or over:
-            effects.append(Record(json.dumps({"do": "withdraw", "prefix": route.prefix})))
+            blackholes.record({"do": "withdraw", "prefix": route.prefix})
             if same:
                 blackholes.gone[route.prefix] = route.attributes
             continue
@@ -1043,9 +1047,8 @@ def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> 
     if journal.routes:
         kept = len(blackholes.routes)
         forgotten = f", {len(journal.routes) - kept} not: {why or 'their time is over'}"
-        text = f"RESTORED {kept} blackholes{forgotten if kept < len(journal.routes) else ''}"
-        effects.append(blackholes.note(now, text))
-    return effects + blackholes.reload(blackholes.settings, now)
+        blackholes.note(now, f"RESTORED {kept} blackholes{forgotten if kept < len(journal.routes) else ''}")
+    blackholes.reload(blackholes.settings, now)
 
 
 def snapshot(blackholes: Blackholes, exabgp: str, now: Now) -> list[str]:
@@ -1126,9 +1129,6 @@ class Dialogue:
         self.unanswered_bytes = 0
         self.nudged = self.heard_since_nudge = False
 
-    def tell(self, command: Tell) -> None:
-        self.waiting.append(command)
-
     def take(self) -> bytes:
         """The lines that may be written now."""
         out = []
@@ -1151,7 +1151,7 @@ class Dialogue:
         if not self.greeted:
             if self.version and line == "done":
                 self.greeted = self.answers = True
-                while self.unanswered and self.forget()[0].head != "version":
+                while self.unanswered and self.forget()[0].verb != "version":
                     pass
             return None
         if line not in ("done", "error"):
@@ -1287,7 +1287,7 @@ class JournalFile:
         self.descriptor = -1
         self.size, self.limit = 0, 0  # a limit of 0: write a snapshot first
         self.failed = ""
-        self.dirty = False
+        self.durable = 0  # bytes of the size, when last the thread was asked
         self.wanted = threading.Event()
         threading.Thread(target=self.run, daemon=True).start()
 
@@ -1303,19 +1303,15 @@ class JournalFile:
             return ""
 
     def append(self, records: list[str]) -> None:
-        if self.descriptor < 0 or self.failed or not records:
+        if self.descriptor < 0:  # it could not be written: all of it is, soon
             return
+        data = "\n".join([*records, ""]).encode("ascii")
         try:
-            self.put(records)
+            if os.write(self.descriptor, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.size += len(data)
         except OSError as error:
             self.fail(error)
-
-    def put(self, records: list[str]) -> None:
-        data = "".join(f"{record}\n" for record in records).encode()
-        if os.write(self.descriptor, data) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self.size += len(data)
-        self.dirty = True
 
     def full(self) -> bool:
         """Whether a snapshot is due: the journal has grown long, or could not be written."""
@@ -1323,12 +1319,13 @@ class JournalFile:
 
     def rewrite(self, records: list[str]) -> None:
         """Begin a new journal that holds these records, and put it in the place of the old one."""
+        self.close()
         try:
-            new = os.open(f"{self.path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o640)
-            old, self.descriptor, self.size = self.descriptor, new, 0
-            if old >= 0:
-                os.close(old)
-            self.put(records)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            self.descriptor = os.open(f"{self.path}.new", flags, 0o640)
+            self.append(records)
+            if self.descriptor < 0:
+                return
             os.replace(f"{self.path}.new", self.path)
         except OSError as error:
             self.fail(error)
@@ -1338,16 +1335,22 @@ class JournalFile:
             self.log(f"The journal is written again: {self.path}")
         self.failed = ""
 
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor, self.size, self.durable = -1, 0, 0
+
     def fail(self, error: OSError) -> None:
         text = f"ERROR: cannot write the journal {self.path}: {error.strerror}"
         if text != self.failed:
             self.log(f"{text}; what is blackholed now may not come back after a crash")
         self.failed = text
+        self.close()
 
     def synchronize(self) -> None:
         """Have the thread make durable what was appended."""
-        if self.dirty:
-            self.dirty = False
+        if self.size != self.durable:
+            self.durable = self.size
             self.wanted.set()
 
     def run(self) -> None:
@@ -1424,13 +1427,13 @@ class Loop:
     def __init__(self, settings: Settings, config: str | None, log: Logger) -> None:
         self.settings, self.config, self.log = settings, config, log
         self.blackholes = Blackholes(settings)
+        self.effects = self.blackholes.effects
         self.journal = JournalFile(settings.paths.journal, log)
         self.exabgp = parent_process()
-        self.messages: list[str] = []  # to be logged once the commands are written: ExaBGP comes first
-        self.records: list[str] = []  # to be appended before the next commands are written
         self.dialogue = Dialogue()
         self.publish = Publisher(settings.paths.state_file, log)
-        self.selector = selectors.DefaultSelector()
+        self.poll = select.poll()
+        self.handlers: dict[int, Callable[[], None]] = {}  # by descriptor: what to do when it is ready
         self.lines = LineReader()
         self.pipe = -1
         self.pipe_trouble = ""
@@ -1455,21 +1458,28 @@ class Loop:
             signal.signal(number, lambda *_: None)
         if not os.isatty(1):  # a terminal's flags are shared with the shell
             os.set_blocking(1, False)
-        self.selector.register(0, selectors.EVENT_READ, self.read_exabgp)
-        self.selector.register(wake_read, selectors.EVENT_READ, lambda: self.read_signals(wake_read))
+        self.watch(0, self.read_exabgp)
+        self.watch(wake_read, lambda: self.read_signals(wake_read))
         while self.running:
             self.write_exabgp()  # first of all: everything else can wait until ExaBGP has its command
             self.housekeeping()
             self.write_exabgp()
             self.follow_up()
-            for key, _ in self.selector.select(self.pause()):
-                key.data()
-                if not self.running:
-                    break
-        self.journal.append(self.records)  # read, but too late to be told: for the successor
+            for descriptor, _ in self.poll.poll(1000 * self.pause()):
+                if self.running and descriptor in self.handlers:
+                    self.handlers[descriptor]()
+        self.journal.append(self.effects.records)  # read, but too late to be told: for the successor
         self.write_log()
         self.log("RTBH controller stopped")
         return 0
+
+    def watch(self, descriptor: int, handler: Callable[[], None], event: int = select.POLLIN) -> None:
+        self.handlers[descriptor] = handler
+        self.poll.register(descriptor, event)
+
+    def unwatch(self, descriptor: int) -> None:
+        if self.handlers.pop(descriptor, None):
+            self.poll.unregister(descriptor)
 
     def follow_up(self) -> None:
         """Log, publish and make durable, a moment after the deed: ExaBGP has the processor first.
@@ -1488,9 +1498,9 @@ class Loop:
         self.follow_up_at = now.mono + max(PUBLISH_PAUSE, 20 * (time.monotonic() - now.mono))
 
     def write_log(self) -> None:
-        for message in self.messages:
+        for message in self.effects.messages:
             self.log(message)
-        self.messages.clear()
+        self.effects.messages.clear()
 
     def now(self) -> Now:
         return Now(time.time(), time.monotonic())
@@ -1501,18 +1511,6 @@ class Loop:
         if self.pipe < 0:
             return 0.1
         return max(0.001, self.follow_up_at - time.monotonic()) if self.changed else 0.25
-
-    def apply(self, effects: list[Effect]) -> None:
-        if effects and not self.changed:
-            self.changed = True
-            self.follow_up_at = max(self.follow_up_at, time.monotonic() + PUBLISH_PAUSE)
-        for effect in effects:
-            if isinstance(effect, Tell):
-                self.dialogue.tell(effect)
-            elif isinstance(effect, Record):
-                self.records.append(effect.text)
-            else:
-                self.messages.append(effect.text)
 
     def housekeeping(self) -> None:
         now = self.now()
@@ -1525,32 +1523,31 @@ class Loop:
             self.look_after_pipe()
             if self.started and self.journal.full():
                 self.journal.rewrite(snapshot(self.blackholes, self.exabgp, now))
-                self.records.clear()  # the snapshot says it all
+                self.effects.records.clear()  # the snapshot says it all
         if self.lines.partial and now.mono - self.pipe_at > 1.0:
             torn = self.lines.give_up()
-            self.apply(self.blackholes.line(torn, now) if torn else [])
+            if torn:
+                self.blackholes.line(torn, now)
         if now.mono - self.answered_at >= Dialogue.SILENCE:
             self.answered_at = now.mono
             message, left = self.dialogue.silent()
             if message:
-                self.apply([self.blackholes.note(now, message)])
+                self.blackholes.note(now, message)
             if left:
-                self.apply(self.blackholes.never_answered(left, now))
+                self.blackholes.never_answered(left, now)
         if now.mono - self.expired_at >= 0.25:
             self.expired_at = now.mono
-            self.apply(self.blackholes.expire(now))
+            self.blackholes.expire(now)
         quiet = self.dialogue.greeted and now.mono - self.answered_at >= Dialogue.SETTLED
         self.settled = self.settled or quiet or not self.dialogue.answers
         if self.started and self.settled:
-            self.apply(self.blackholes.ask())
+            self.blackholes.ask()
         full = len(self.dialogue.waiting) > self.QUEUE or not self.settled
-        listening = self.pipe >= 0 and self.pipe in self.selector.get_map()
         if full:
             self.pipe_at = now.mono  # the rest of a partial line waits in the pipe: it is not late, we are
-        if listening and full:
-            self.selector.unregister(self.pipe)
-        elif self.pipe >= 0 and not listening and not full:
-            self.selector.register(self.pipe, selectors.EVENT_READ, self.read_pipe)
+            self.unwatch(self.pipe)
+        elif self.pipe >= 0 and self.pipe not in self.handlers:
+            self.watch(self.pipe, self.read_pipe)
 
     def look_after_pipe(self) -> None:
         """Open the pipe; open it anew when someone has deleted or replaced it."""
@@ -1567,8 +1564,7 @@ class Loop:
                 self.log(f"ERROR: {path} was deleted or replaced; opening it anew")
                 for _ in range(PIPE_SIZE // READ_SIZE):  # what was written before is not lost
                     self.read_pipe()
-                if self.pipe in self.selector.get_map():
-                    self.selector.unregister(self.pipe)
+                self.unwatch(self.pipe)
                 os.close(self.pipe)
                 self.pipe = -1
             self.pipe = open_pipe(path, self.log)
@@ -1593,10 +1589,9 @@ class Loop:
         LastGood(self.settings.paths.state_dir, self.exabgp).write(self.config)
         journal = read_journal(self.journal.read())
         alive_at = read_state(self.settings.paths.state_file).get("heartbeat", 0.0)
-        effects = restore(self.blackholes, journal._replace(at=max(journal.at, alive_at)), self.exabgp, now)
-        self.apply(effects)
+        restore(self.blackholes, journal._replace(at=max(journal.at, alive_at)), self.exabgp, now)
         self.journal.rewrite(snapshot(self.blackholes, self.exabgp, now))
-        self.records.clear()  # the snapshot says it all
+        self.effects.records.clear()  # the snapshot says it all
 
     def read_pipe(self) -> None:
         try:
@@ -1606,7 +1601,7 @@ class Loop:
         now = self.now()
         self.pipe_at = now.mono
         for line in self.lines.feed(data):
-            self.apply(self.blackholes.line(line, now))
+            self.blackholes.line(line, now)
 
     def read_exabgp(self) -> None:
         data = os.read(0, 65536)
@@ -1622,19 +1617,23 @@ class Loop:
                 self.stop(now, "ExaBGP is stopping")
             elif len(words) >= 3 and words[0] == "neighbor" and words[2] in ("up", "down") and is_address(words[1]):
                 why = words[3].lstrip("- ") if len(words) > 3 else ""
-                self.apply(self.blackholes.session(words[1], words[2], why, now))
+                self.blackholes.session(words[1], words[2], why, now)
             elif line:
                 self.answered_at = now.mono
                 answer = self.dialogue.hear(line)
                 if answer:
                     self.changed = True
                     for command in answer.commands:
-                        self.apply(self.blackholes.answered(command, answer.accepted, answer.output, now))
+                        self.blackholes.answered(command, answer.accepted, answer.output, now)
 
     def write_exabgp(self) -> None:
-        if self.records:
-            self.journal.append(self.records)
-            self.records = []
+        effects = self.effects
+        if effects.records:
+            self.journal.append(effects.records)
+            effects.records.clear()
+        if effects.commands:
+            self.dialogue.waiting.extend(effects.commands)
+            effects.commands.clear()
         try:
             while self.running:
                 self.out = self.out or self.dialogue.take()
@@ -1646,11 +1645,13 @@ class Loop:
         except BrokenPipeError:
             self.log("ExaBGP has gone (stdout is closed)")
             self.running = False
-        waiting = 1 in self.selector.get_map()
-        if self.out and not waiting:
-            self.selector.register(1, selectors.EVENT_WRITE, lambda: None)
-        elif waiting and not self.out:
-            self.selector.unregister(1)
+        if self.out:
+            self.watch(1, lambda: None, select.POLLOUT)
+        else:
+            self.unwatch(1)
+        if effects.messages and not self.changed:
+            self.changed = True
+            self.follow_up_at = max(self.follow_up_at, time.monotonic() + PUBLISH_PAUSE)
 
     def read_signals(self, descriptor: int) -> None:
         now = self.now()
@@ -1662,20 +1663,19 @@ class Loop:
 
     def stop(self, now: Now, why: str) -> None:
         """A clean end: withdraw everything, wait for the answers, but not for long."""
-        self.messages.append(why)
+        self.effects.messages.append(why)
         if self.stop_at is not None:
             return
         self.stop_at = now.mono + self.STOP
         if self.started:
-            self.apply(self.blackholes.stop(now))
-        if self.pipe in self.selector.get_map():
-            self.selector.unregister(self.pipe)
+            self.blackholes.stop(now)
+        self.unwatch(self.pipe)
 
     def reload(self, now: Now) -> None:
         try:
             settings, warnings = load_settings(self.config, ignore="webhook")
         except SettingsError as error:
-            self.apply([self.blackholes.note(now, f"ERROR: settings not reloaded, the old ones stay: {error}")])
+            self.blackholes.note(now, f"ERROR: settings not reloaded, the old ones stay: {error}")
             return
         if settings.paths != self.settings.paths:
             warnings.append("[paths] changes take effect when ExaBGP is restarted")
@@ -1685,7 +1685,7 @@ class Loop:
         self.log("Settings reloaded")
         for warning in warnings:
             self.log(f"WARNING: {warning}")
-        self.apply(self.blackholes.reload(settings, now))
+        self.blackholes.reload(settings, now)
 
 
 # ---------------------------------------------------------------- commands

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,10 +16,8 @@ from rtbh_controller import (
     Answer,
     Blackholes,
     Dialogue,
-    Effect,
-    Log,
+    Effects,
     Now,
-    Record,
     Settings,
     SettingsError,
     Tell,
@@ -46,23 +46,35 @@ def settings(text: str = "") -> Settings:
     return found
 
 
-def told(effects: list[Effect]) -> list[str]:
-    return [render([effect]) for effect in effects if isinstance(effect, Tell)]
+def do(action: Callable[..., None], *arguments: Any) -> Effects:
+    """What the action adds to the effects, which are as good as carried out."""
+    blackholes: Blackholes = arguments[0] if action is restore else action.__self__  # type: ignore[attr-defined]
+    effects, done = blackholes.effects, Effects()
+    for kind in vars(done):
+        getattr(effects, kind).clear()
+    action(*arguments)
+    for kind in vars(done):
+        setattr(done, kind, list(getattr(effects, kind)))
+    return done
 
 
-def logged(effects: list[Effect]) -> list[str]:
-    return [effect.text for effect in effects if isinstance(effect, Log)]
+def told(effects: Effects) -> list[str]:
+    return [render([command]) for command in effects.commands]
+
+
+def logged(effects: Effects) -> list[str]:
+    return effects.messages
 
 
 def test_the_plain_forms() -> None:
     blackholes = Blackholes(settings())
-    effects = blackholes.line("announce 192.0.2.100/32", NOW)
+    effects = do(blackholes.line, "announce 192.0.2.100/32", NOW)
     assert told(effects) == ["announce route 192.0.2.100/32 next-hop self community [65535:666]"]
     assert logged(effects) == ["ANNOUNCE 192.0.2.100/32"]
-    effects = blackholes.line("withdraw 192.0.2.100/32", NOW)
+    effects = do(blackholes.line, "withdraw 192.0.2.100/32", NOW)
     assert told(effects) == ["withdraw route 192.0.2.100/32 next-hop self community [65535:666]"]
     assert logged(effects) == ["WITHDRAW 192.0.2.100/32"]
-    assert told(blackholes.line("withdraw 192.0.2.100/32", NOW))  # passed on, held or not
+    assert told(do(blackholes.line, "withdraw 192.0.2.100/32", NOW))  # passed on, held or not
 
 
 @pytest.mark.parametrize(
@@ -85,14 +97,14 @@ def test_the_plain_forms() -> None:
 def test_attributes_are_settings_for_announce_and_withdraw(bgp: str, prefix: str, attributes: str) -> None:
     blackholes = Blackholes(settings(f"[bgp]\n{bgp}\n"))
     for verb in ("announce", "withdraw"):
-        assert told(blackholes.line(f"{verb} {prefix}", NOW)) == [f"{verb} route {prefix} {attributes}"]
+        assert told(do(blackholes.line, f"{verb} {prefix}", NOW)) == [f"{verb} route {prefix} {attributes}"]
 
 
 def test_a_withdraw_carries_its_announces_attributes_whatever_the_settings_say_since() -> None:
     blackholes = Blackholes(settings("[bgp]\ncommunity = 1:1"))
-    blackholes.line("announce 192.0.2.1", NOW)
+    do(blackholes.line, "announce 192.0.2.1", NOW)
     blackholes.use(settings("[bgp]\ncommunity = 2:2"))
-    assert told(blackholes.line("withdraw 192.0.2.1", NOW)) == [
+    assert told(do(blackholes.line, "withdraw 192.0.2.1", NOW)) == [
         "withdraw route 192.0.2.1/32 next-hop self community [1:1]"
     ]
 
@@ -100,10 +112,10 @@ def test_a_withdraw_carries_its_announces_attributes_whatever_the_settings_say_s
 def test_withdraw_all_ends_what_is_held_and_nothing_else() -> None:
     blackholes = Blackholes(settings())
     for line in ("announce 192.0.2.1", "announce 192.0.2.2", "withdraw 192.0.2.1", "announce 192.0.2.3"):
-        blackholes.line(line, NOW)
-    ended = told(blackholes.line("withdraw-all", NOW))
+        do(blackholes.line, line, NOW)
+    ended = told(do(blackholes.line, "withdraw-all", NOW))
     assert ended == [f"withdraw route 192.0.2.{n}/32 {ATTRIBUTES}" for n in (2, 3)]
-    assert told(blackholes.line("withdraw-all", NOW)) == []
+    assert told(do(blackholes.line, "withdraw-all", NOW)) == []
 
 
 @pytest.mark.parametrize(
@@ -130,57 +142,58 @@ def test_withdraw_all_ends_what_is_held_and_nothing_else() -> None:
 )
 def test_a_refusal_is_logged_with_its_guard_and_changes_nothing(line: str, log: str) -> None:
     blackholes = Blackholes(settings("[safety]\nmax_routes = 2\nwhitelist = 198.51.100.0/24"))
-    blackholes.session("127.0.0.1", "up", "", NOW)
-    blackholes.line("announce 192.0.2.1", NOW)
-    blackholes.line("announce 192.0.2.2", NOW)
+    do(blackholes.session, "127.0.0.1", "up", "", NOW)
+    do(blackholes.line, "announce 192.0.2.1", NOW)
+    do(blackholes.line, "announce 192.0.2.2", NOW)
     before = dict(blackholes.routes)
-    assert blackholes.line(line, NOW) == [Log(log)]
+    effects = do(blackholes.line, line, NOW)
+    assert (logged(effects), effects.commands, effects.records) == ([log], [], [])
     assert blackholes.routes == before
-    assert told(blackholes.line(line.replace("announce", "withdraw"), NOW))  # withdrawing is always allowed
+    assert told(do(blackholes.line, line.replace("announce", "withdraw"), NOW))  # withdrawing is always allowed
 
 
 def test_a_held_prefix_may_be_announced_again_when_the_table_is_full() -> None:
     blackholes = Blackholes(settings("[safety]\nmax_routes = 1"))
-    assert told(blackholes.line("announce 192.0.2.1", NOW)) == told(blackholes.line("announce 192.0.2.1", NOW))
+    assert told(do(blackholes.line, "announce 192.0.2.1", NOW)) == told(do(blackholes.line, "announce 192.0.2.1", NOW))
 
 
 def test_ipv6_with_next_hop_self_is_refused_on_an_ipv4_session() -> None:
     blackholes = Blackholes(settings())
-    blackholes.session("127.0.0.1", "up", "", NOW)
-    assert "next_hop_ipv6" in logged(blackholes.line("announce 2001:db8::1", NOW))[0]
+    do(blackholes.session, "127.0.0.1", "up", "", NOW)
+    assert "next_hop_ipv6" in logged(do(blackholes.line, "announce 2001:db8::1", NOW))[0]
     blackholes = Blackholes(settings("[bgp]\nnext_hop_ipv6 = 100::1"))
-    blackholes.session("127.0.0.1", "up", "", NOW)
-    assert told(blackholes.line("announce 2001:db8::1", NOW))
+    do(blackholes.session, "127.0.0.1", "up", "", NOW)
+    assert told(do(blackholes.line, "announce 2001:db8::1", NOW))
 
 
 def test_a_timed_withdraw_ends_only_its_own_announcement() -> None:
     blackholes = Blackholes(settings())
     end = NOW.wall + 60
-    blackholes.line(f"announce 192.0.2.1 until={end} id=a source=webhook", NOW)
-    blackholes.line(f"announce 192.0.2.1 until={end + 60} id=b source=webhook", NOW)
-    assert told(blackholes.line("withdraw 192.0.2.1 id=a", later(60))) == []
-    assert told(blackholes.line("withdraw 192.0.2.1 id=b", later(120)))
+    do(blackholes.line, f"announce 192.0.2.1 until={end} id=a source=webhook", NOW)
+    do(blackholes.line, f"announce 192.0.2.1 until={end + 60} id=b source=webhook", NOW)
+    assert told(do(blackholes.line, "withdraw 192.0.2.1 id=a", later(60))) == []
+    assert told(do(blackholes.line, "withdraw 192.0.2.1 id=b", later(120)))
     assert not blackholes.routes
 
 
 def test_an_announce_by_hand_is_pinned_until_an_explicit_withdraw() -> None:
     blackholes = Blackholes(settings())
-    blackholes.line(f"announce 192.0.2.1 until={NOW.wall + 60} id=a", NOW)
-    blackholes.line("announce 192.0.2.1", later(1))
-    assert "KEPT" in logged(blackholes.line("withdraw 192.0.2.1 id=a", later(60)))[0]
-    effects = blackholes.line(f"announce 192.0.2.1 until={NOW.wall + 90} id=b", later(61))
+    do(blackholes.line, f"announce 192.0.2.1 until={NOW.wall + 60} id=a", NOW)
+    do(blackholes.line, "announce 192.0.2.1", later(1))
+    assert "KEPT" in logged(do(blackholes.line, "withdraw 192.0.2.1 id=a", later(60)))[0]
+    effects = do(blackholes.line, f"announce 192.0.2.1 until={NOW.wall + 90} id=b", later(61))
     assert "stays pinned" in logged(effects)[0]
-    assert told(blackholes.line("withdraw 192.0.2.1 id=b", later(90))) == []
-    assert blackholes.expire(later(10_000)) == []
-    assert told(blackholes.line("withdraw 192.0.2.1", later(10_001)))
+    assert told(do(blackholes.line, "withdraw 192.0.2.1 id=b", later(90))) == []
+    assert not do(blackholes.expire, later(10_000)).commands
+    assert told(do(blackholes.line, "withdraw 192.0.2.1", later(10_001)))
 
 
 def test_a_withdraw_nobody_sends_comes_from_the_controller_a_little_later() -> None:
     blackholes = Blackholes(settings())
-    blackholes.line(f"announce 192.0.2.1 until={NOW.wall + 60} id=a", NOW)
-    assert blackholes.expire(later(60 + BACKSTOP_GRACE - 0.1)) == []
+    do(blackholes.line, f"announce 192.0.2.1 until={NOW.wall + 60} id=a", NOW)
+    assert not do(blackholes.expire, later(60 + BACKSTOP_GRACE - 0.1)).commands
     stepped = Now(NOW.wall - 86400, later(60 + BACKSTOP_GRACE).mono)  # the clock went back a day meanwhile
-    effects = blackholes.expire(stepped)
+    effects = do(blackholes.expire, stepped)
     assert told(effects) == [f"withdraw route 192.0.2.1/32 {ATTRIBUTES}"]
     assert logged(effects)[0].startswith("OVERDUE 192.0.2.1/32")
 
@@ -188,9 +201,9 @@ def test_a_withdraw_nobody_sends_comes_from_the_controller_a_little_later() -> N
 def test_a_reload_ends_what_is_newly_protected_and_renews_attributes() -> None:
     blackholes = Blackholes(settings())
     for n in (1, 2):
-        blackholes.line(f"announce 192.0.2.{n}", NOW)
+        do(blackholes.line, f"announce 192.0.2.{n}", NOW)
     new = settings("[safety]\nwhitelist = 192.0.2.1\nallowed = 10.0.0.0/8\n[bgp]\ncommunity = 1:1")
-    effects = blackholes.reload(new, NOW)
+    effects = do(blackholes.reload, new, NOW)
     assert told(effects) == [
         f"withdraw route 192.0.2.1/32 {ATTRIBUTES}",
         "announce route 192.0.2.2/32 next-hop self community [1:1]",
@@ -210,14 +223,14 @@ def test_what_is_told_leads_a_router_to_what_is_held(operations: list[tuple[str,
     for verb, n in operations:
         if verb == "time":
             now = Now(now.wall + n * 10, now.mono + n * 10)
-            effects = blackholes.expire(now)
+            effects = do(blackholes.expire, now)
         else:
             text = {
                 "withdraw-all": "withdraw-all",
                 "announce-bad": f"announce 198.51.100.{n}",
                 "announce-timed": f"announce 192.0.2.{n} until={now.wall + 15:.3f} id={n}",
             }
-            effects = blackholes.line(text.get(verb, f"{verb} 192.0.2.{n}"), now)
+            effects = do(blackholes.line, text.get(verb, f"{verb} 192.0.2.{n}"), now)
         for command in told(effects):
             action, _, prefix, attributes = command.split(" ", 3)
             if action == "announce":
@@ -231,8 +244,8 @@ def test_what_is_told_leads_a_router_to_what_is_held(operations: list[tuple[str,
 
 def test_the_published_state_is_json_with_all_that_is_held() -> None:
     blackholes = Blackholes(settings())
-    blackholes.session("127.0.0.1", "up", "", NOW)
-    blackholes.line(f"announce 192.0.2.1 until={NOW.wall + 60} id=a source=webhook reason=flood", NOW)
+    do(blackholes.session, "127.0.0.1", "up", "", NOW)
+    do(blackholes.line, f"announce 192.0.2.1 until={NOW.wall + 60} id=a source=webhook reason=flood", NOW)
     state = json.loads(publication(blackholes, "5.0.15", NOW))
     assert state["heartbeat"] == NOW.wall
     assert state["neighbors"] == {"127.0.0.1": {"state": "up", "since": NOW.wall}}
@@ -256,12 +269,12 @@ def greeted() -> Dialogue:
 
 def tell_thousand(dialogue: Dialogue) -> None:
     for n in range(1000):
-        dialogue.tell(Tell(f"announce {n:040}"))
+        dialogue.waiting.append(Tell(f"announce {n:040}"))
 
 
 def test_answers_to_a_predecessor_do_not_count() -> None:
     dialogue = greeted()
-    dialogue.tell(Tell("announce A"))
+    dialogue.waiting.append(Tell("announce A"))
     assert dialogue.take() == b"announce A\n"
     assert dialogue.hear("done") == Answer([Tell("announce A")], True, [])
     assert not dialogue.unanswered
@@ -270,7 +283,7 @@ def test_answers_to_a_predecessor_do_not_count() -> None:
 def test_a_refused_command_is_named_and_a_question_gets_its_lines() -> None:
     dialogue = greeted()
     for text in ("announce A", "show B", "announce C"):
-        dialogue.tell(Tell(text))
+        dialogue.waiting.append(Tell(text))
     dialogue.take()
     answers = [dialogue.hear(line) for line in ("error", "line 1", "line 2", "done", "done")]
     assert answers == [
@@ -319,7 +332,7 @@ def test_lists_say_the_same_as_single_commands_in_the_same_order(operations: lis
     for verb, n, six in operations:
         prefix = f"2001:db8::{n}/128" if six else f"192.0.2.{n}/32"
         singles.append((verb, prefix))
-        dialogue.tell(Tell(verb, prefix, ATTRIBUTES))
+        dialogue.waiting.append(Tell(verb, prefix, ATTRIBUTES))
     said = []
     for line in dialogue.take().decode().splitlines():
         verb, form, rest = line.split(" ", 2)
@@ -369,24 +382,22 @@ def rib(address: str, prefix: str, communities: str = "community blackhole") -> 
     return f"{head} family-allowed in-open ipv4 unicast {prefix} next-hop 10.9.9.254 {communities}"
 
 
-def audit(blackholes: Blackholes, *table: str) -> list[Effect]:
+def audit(blackholes: Blackholes, *table: str) -> Effects:
     """One whole audit whose answers are these lines of adj-RIB-out."""
-    questions = [effect for effect in blackholes.ask() if isinstance(effect, Tell)]
+    questions = do(blackholes.ask).commands
     outputs = (CONFIGURATION, ["10.9.9.1  65000  0:00:05 established 7 2"], list(table))
-    effects = [blackholes.answered(q, True, output, NOW) for q, output in zip(questions, outputs)]
-    return [effect for answer in effects for effect in answer]
+    return [do(blackholes.answered, q, True, output, NOW) for q, output in zip(questions, outputs)][-1]
 
 
-def accept(blackholes: Blackholes, effects: list[Effect]) -> None:
-    for effect in effects:
-        if isinstance(effect, Tell):
-            blackholes.answered(effect, True, [], NOW)
+def accept(blackholes: Blackholes, effects: Effects) -> None:
+    for command in effects.commands:
+        do(blackholes.answered, command, True, [], NOW)
 
 
 def test_an_audit_learns_the_neighbors_and_mends_what_differs() -> None:
     blackholes = Blackholes(settings())
-    accept(blackholes, blackholes.line("announce 192.0.2.1", NOW))
-    accept(blackholes, blackholes.line("announce 192.0.2.2", NOW))
+    accept(blackholes, do(blackholes.line, "announce 192.0.2.1", NOW))
+    accept(blackholes, do(blackholes.line, "announce 192.0.2.2", NOW))
     one = rib("10.9.9.1", "192.0.2.1/32"), rib("10.9.9.2", "192.0.2.1/32", "community 174:666")
     effects = audit(blackholes, *one, rib("10.9.9.2", "192.0.2.2/32"), rib("10.9.9.2", "192.0.2.66/32"))
     assert sorted(told(effects)) == [
@@ -396,31 +407,31 @@ def test_an_audit_learns_the_neighbors_and_mends_what_differs() -> None:
     assert {address: n.state for address, n in blackholes.neighbors.items()} == {"10.9.9.1": "up", "10.9.9.2": "down"}
     assert blackholes.others == {"192.0.2.66/32": ["10.9.9.2"]}
     for address in ("10.9.9.1", "10.9.8.254"):
-        assert "whitelist" in logged(blackholes.line(f"announce {address}", NOW))[0]
-    assert "REFUSED 192.0.2.66/32: static" in logged(blackholes.line("announce 192.0.2.66", NOW))[0]
-    assert blackholes.ask() == []
+        assert "whitelist" in logged(do(blackholes.line, f"announce {address}", NOW))[0]
+    assert "REFUSED 192.0.2.66/32: static" in logged(do(blackholes.line, "announce 192.0.2.66", NOW))[0]
+    assert not do(blackholes.ask).commands
 
 
 def test_what_changes_during_an_audit_is_left_alone() -> None:
     blackholes = Blackholes(settings())
     audit(blackholes)
     for n in (1, 2):
-        accept(blackholes, blackholes.line(f"announce 192.0.2.{n}", NOW))
+        accept(blackholes, do(blackholes.line, f"announce 192.0.2.{n}", NOW))
     blackholes.audit_wanted = True
-    questions = [effect for effect in blackholes.ask() if isinstance(effect, Tell)]
-    blackholes.line("withdraw 192.0.2.1", NOW)
-    blackholes.line("announce 192.0.2.3", NOW)
+    questions = do(blackholes.ask).commands
+    do(blackholes.line, "withdraw 192.0.2.1", NOW)
+    do(blackholes.line, "announce 192.0.2.3", NOW)
     table = [rib(a, f"192.0.2.{n}/32") for a in ("10.9.9.1", "10.9.9.2") for n in (1, 2)]
-    assert told(blackholes.answered(questions[2], True, table, NOW)) == []
+    assert told(do(blackholes.answered, questions[2], True, table, NOW)) == []
     assert blackholes.others == {}
 
 
 def test_a_session_that_comes_up_is_audited_and_sent_everything_again() -> None:
     blackholes = Blackholes(settings())
     accept(blackholes, audit(blackholes))
-    accept(blackholes, blackholes.line("announce 192.0.2.1", NOW))
+    accept(blackholes, do(blackholes.line, "announce 192.0.2.1", NOW))
     assert blackholes.delivery("192.0.2.1/32") == {"10.9.9.1": "advertised", "10.9.9.2": "down"}
-    blackholes.session("10.9.9.2", "up", "", NOW)
+    do(blackholes.session, "10.9.9.2", "up", "", NOW)
     assert blackholes.delivery("192.0.2.1/32")["10.9.9.2"] == "pending"
     table = [rib(a, "192.0.2.1/32") for a in ("10.9.9.1", "10.9.9.2")]
     assert told(audit(blackholes, *table)) == ["neighbor 10.9.9.2 flush adj-rib out"]
@@ -432,7 +443,7 @@ def test_each_neighbor_gets_its_own_attributes() -> None:
     audit(blackholes)
     own = "next-hop self community [174:666]"
     for verb in ("announce", "withdraw"):
-        effects = blackholes.line(f"{verb} 192.0.2.1", NOW)
+        effects = do(blackholes.line, f"{verb} 192.0.2.1", NOW)
         assert told(effects) == [
             f"neighbor 10.9.9.1 {verb} route 192.0.2.1/32 {ATTRIBUTES}",
             f"neighbor 10.9.9.2 {verb} route 192.0.2.1/32 {own}",
@@ -445,11 +456,10 @@ def test_each_neighbor_gets_its_own_attributes() -> None:
 def journal_of(*lines: str, text: str = "", exabgp: str = "A") -> str:
     """The journal of a controller that reads these lines."""
     blackholes = Blackholes(settings(text))
-    effects = [Record(json.dumps({"do": "start", "at": NOW.wall, "exabgp": exabgp}))]
+    records = [json.dumps({"do": "start", "at": NOW.wall, "exabgp": exabgp})]
     for line in lines:
-        effects += [e for e in blackholes.line(line, NOW) if isinstance(e, Record)]
-        effects += [e for e in (blackholes.stop(NOW) if line == "STOP" else []) if isinstance(e, Record)]
-    return "".join(f"{effect.text}\n" for effect in effects)
+        records += (do(blackholes.stop, NOW) if line == "STOP" else do(blackholes.line, line, NOW)).records
+    return "".join(f"{record}\n" for record in records)
 
 
 LINES = (
@@ -483,7 +493,7 @@ BOTH = {"192.0.2.1/32", "192.0.2.2/32"}
 def test_restore(policy: str, lines: tuple[str, ...], exabgp: str, after: float, held: set[str]) -> None:
     blackholes = Blackholes(settings(f"[safety]\nrestore = {policy}"))
     journal = read_journal(journal_of(*lines))
-    effects = restore(blackholes, journal, exabgp, later(after))
+    effects = do(restore, blackholes, journal, exabgp, later(after))
     assert set(blackholes.routes) == held
     assert told(effects) == []  # the audit announces what is missing
     leftovers = {"192.0.2.3/32"} | (BOTH - held) if exabgp == "A" else set()
@@ -496,13 +506,13 @@ def test_restore(policy: str, lines: tuple[str, ...], exabgp: str, after: float,
 def test_a_restored_end_is_never_further_away_than_it_was_long() -> None:
     blackholes = Blackholes(settings())
     stepped = Now(NOW.wall - 86400, 5.0)
-    restore(blackholes, read_journal(journal_of(*LINES)), "B", stepped)
+    do(restore, blackholes, read_journal(journal_of(*LINES)), "B", stepped)
     assert blackholes.routes["192.0.2.2/32"].deadline == 65.0
 
 
 def test_a_restored_route_that_is_protected_by_now_is_withdrawn() -> None:
     blackholes = Blackholes(settings("[safety]\nwhitelist = 192.0.2.1"))
-    effects = restore(blackholes, read_journal(journal_of(*LINES)), "A", later(1))
+    effects = do(restore, blackholes, read_journal(journal_of(*LINES)), "A", later(1))
     assert told(effects) == [f"withdraw route 192.0.2.1/32 {ATTRIBUTES}"]
 
 
