@@ -645,6 +645,7 @@ class Blackholes:
         self.refused: set[str] = set()  # prefixes whose last announce ExaBGP refused
         self.refused_ids: deque[str] = deque(maxlen=200)  # of the last announces that a guard refused
         self.audit_wanted, self.auditing = True, False
+        self.introduced = False  # an answer about the neighbors has come: each can be given its own attributes
         self.touched: set[str] = set()  # prefixes changed since the audit in progress was asked for
         self.recent: deque[tuple[float, str]] = deque(maxlen=50)  # time, message
 
@@ -786,6 +787,7 @@ class Blackholes:
     def answered(self, command: Tell, accepted: bool, output: list[str], now: Now) -> None:
         """ExaBGP has answered a command."""
         if command.verb in QUESTIONS:
+            self.introduced = True
             if accepted:
                 self.learn(command.verb, output, now)
             else:
@@ -816,7 +818,8 @@ class Blackholes:
         for command in commands:
             self.count_answer(command.prefix)
             self.audit_wanted = self.audit_wanted or not command.repair
-            self.auditing = self.auditing and command.verb not in QUESTIONS
+            if command.verb in QUESTIONS:
+                self.auditing, self.introduced = False, True  # don't wait for ever
         self.note(now, "ERROR: ExaBGP left commands unanswered; asking what it holds")
 
     # -- audits
@@ -919,12 +922,13 @@ class Blackholes:
         if self.auditing and not repair:
             self.touched.add(prefix)
         commands = self.effects.commands
-        if len(attributes) == 1 and (only is None or len(only) == len(self.neighbors)):
+        addresses = self.neighbors if only is None else only
+        if (len(attributes) == 1 and len(addresses) == len(self.neighbors)) or not addresses:
             commands.append(Tell(verb, prefix, attributes[""], "", repair))
             self.unanswered[prefix] = self.unanswered.get(prefix, 0) + 1
             return
         groups: dict[str, list[str]] = {}
-        for address in self.neighbors if only is None else only:
+        for address in addresses:
             groups.setdefault(attributes.get(address, attributes[""]), []).append(f"neighbor {address}")
         commands += [Tell(verb, prefix, text, f"{', '.join(who)} ", repair) for text, who in groups.items()]
         self.unanswered[prefix] = self.unanswered.get(prefix, 0) + len(groups)
@@ -1125,6 +1129,7 @@ class Dialogue:
         self.silences = 0
         self.waiting: deque[Tell] = deque([NUDGE, Tell("version")])
         self.unanswered: deque[tuple[list[Tell], int]] = deque()  # what a line holds, and its bytes
+        self.in_force: dict[tuple[str, bool], str] = {}  # neighbors and family: the attributes last told
         self.output: list[str] = []  # of a question, until its `done`
         self.unanswered_bytes = 0
         self.nudged = self.heard_since_nudge = False
@@ -1133,6 +1138,12 @@ class Dialogue:
         """The lines that may be written now."""
         out = []
         while self.waiting and (self.unanswered_bytes < self.WINDOW or not self.answers or self.waiting[0] is NUDGE):
+            first = self.waiting[0]
+            if first.prefix:  # ExaBGP sends each set of attributes by itself, in an order of its own: one at a time
+                group = first.who, ":" in first.prefix
+                if self.unanswered and self.in_force.get(group, first.attributes) != first.attributes:
+                    break
+                self.in_force[group] = first.attributes
             commands = [self.waiting.popleft()]
             while self.waiting and len(commands) < self.LIST and commands[0].joins(self.waiting[0]):
                 commands.append(self.waiting.popleft())
@@ -1404,7 +1415,12 @@ def open_pipe(path: str, log: Callable[[str], None]) -> int:
     if not mode:
         os.mkfifo(path)
         os.chmod(path, 0o660)  # the umask that ExaBGP leaves us (0137) would lock the group out
-    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    except PermissionError:
+        os.chmod(path, 0o660)  # a PermissionError again when it is not ours
+        log(f"ERROR: {path} had the wrong permissions; set to 0660")
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -1542,7 +1558,8 @@ class Loop:
         self.settled = self.settled or quiet or not self.dialogue.answers
         if self.started and self.settled:
             self.blackholes.ask()
-        full = len(self.dialogue.waiting) > self.QUEUE or not self.settled
+        ready = self.settled and (self.blackholes.introduced or not self.dialogue.answers)
+        full = len(self.dialogue.waiting) > self.QUEUE or not ready
         if full:
             self.pipe_at = now.mono  # the rest of a partial line waits in the pipe: it is not late, we are
             self.unwatch(self.pipe)

@@ -70,12 +70,16 @@ def start_trio(directory: Path) -> Iterator[StartTrio]:
     """A function that starts an upstream and a trio with these settings and ends them after the test."""
     with contextlib.ExitStack() as stack:
 
-        def start(exabgp: str, settings: str = "", webhook: str = "", hold_time: int = 90) -> tuple[Trio, Upstream]:
+        def start(
+            exabgp: str, settings: str = "", webhook: str = "", hold_time: int = 90, second: Upstream | None = None
+        ) -> tuple[Trio, Upstream]:
             upstream = Upstream(directory, exabgp, hold_time)
-            stack.callback(upstream.stop)
-            upstream.start()
             trio = Trio(directory, exabgp, upstream.port, settings)
             trio.webhook_settings, trio.hold_time = webhook, hold_time
+            for router in filter(None, (upstream, second)):
+                stack.callback(router.stop)
+                router.start()
+                trio.upstreams[router.address] = router.port
             stack.callback(trio.stop)
             trio.start()
             return trio, upstream

@@ -13,19 +13,22 @@ from pathlib import Path
 import pytest
 
 from conftest import StartTrio
-from lab import LabError, Trio, Upstream, wait_for
+from lab import Event, LabError, Trio, Upstream, wait_for
 from test_end_to_end import post
 
 PREFIXES = [f"192.0.2.{n}/32" for n in range(40)]
-FAULTS = ("controller", "exabgp", "upstream", "reload", "none")
+FAULTS = ("controller", "exabgp", "upstream", "reload", "settings", "none")
+SECOND = "[neighbor 127.0.0.3]\ncommunity = 65535:666 174:666\n"  # an upstream with needs of its own
+COMMUNITIES = ("65535:666", "65535:666 64500:1")  # what `settings` changes to and fro
 
 
 class Faults:
-    """A trio, the lines that were written to its pipe, and what they must lead to."""
+    """A trio with two upstreams, the lines that were written to its pipe, and what they must lead to."""
 
-    def __init__(self, trio: Trio, upstream: Upstream, seed: int) -> None:
-        self.trio, self.upstream, self.random = trio, upstream, random.Random(seed)
+    def __init__(self, trio: Trio, upstreams: tuple[Upstream, Upstream], seed: int) -> None:
+        self.trio, self.upstreams, self.random = trio, upstreams, random.Random(seed)
         self.model: set[str] = set()
+        self.community = COMMUNITIES[0]
         self.pipe = os.open(trio.pipe, os.O_RDWR)  # as the receiver's: what is unread outlives a controller
         self.history: list[str] = []
 
@@ -45,19 +48,24 @@ class Faults:
 
     def strike(self, fault: str) -> None:
         self.history.append(fault)
+        assert self.trio.daemon is not None
         if fault == "controller":
             os.kill(self.trio.state()["pid"], signal.SIGKILL)
         elif fault == "exabgp":
-            assert self.trio.daemon is not None
             self.trio.daemon.popen.kill()
             self.trio.daemon.popen.wait()
-            self.upstream.poll()
+            for upstream in self.upstreams:
+                upstream.poll()
             self.trio.start_exabgp()
         elif fault == "upstream":
-            self.upstream.restart()
+            self.random.choice(self.upstreams).restart()
         elif fault == "reload":
-            assert self.trio.daemon is not None
             self.trio.daemon.send(signal.SIGUSR1)
+        elif fault == "settings":
+            self.community = COMMUNITIES[self.community == COMMUNITIES[0]]
+            self.trio.settings = f"[bgp]\ncommunity = {self.community}\n{SECOND}"
+            self.trio.write_settings(self.trio.settings)
+            os.kill(self.trio.state()["pid"], signal.SIGHUP)
 
     def published(self) -> set[str]:
         """What a living controller says every neighbor was told; it waits for its heartbeat to go on."""
@@ -67,19 +75,27 @@ class Faults:
             return {"not yet"}
         return {route["prefix"] for route in routes}
 
+    def tables(self) -> list[set[tuple[str, str]]]:
+        """What each upstream holds: prefix and communities."""
+        return [{(p, " ".join(sorted(e.communities))) for p, e in u.table().items()} for u in self.upstreams]
+
+    def wanted(self) -> list[set[tuple[str, str]]]:
+        own = " ".join(sorted(self.community.split()))
+        return [{(prefix, text) for prefix in self.model} for text in (own, "174:666 65535:666")]
+
     def agree(self) -> None:
-        """Wait until peer, state and model are the same."""
+        """Wait until peers, state and model are the same."""
         try:
-            wait_for("agreement", lambda: self.upstream.table().keys() == self.published() == self.model, 30)
+            wait_for("agreement", lambda: self.tables() == self.wanted() and self.published() == self.model, 30)
         except LabError:
-            table = set(self.upstream.table())
+            differs = [table ^ wanted for table, wanted in zip(self.tables(), self.wanted())]
             pytest.fail(
-                f"{self.history}: peer lacks {self.model - table}, has {table - self.model} too much; "
-                f"state differs by {self.published() ^ self.model}\n{self.trio.log_text()[-3000:]}"
+                f"{self.history}: peers differ by {differs}; state by {self.published() ^ self.model}\n"
+                f"{self.trio.log_text()[-3000:]}"
             )
 
     def round(self, fault: str) -> None:
-        before = set(self.model)
+        before, seen = set(self.model), [len(upstream.events) for upstream in self.upstreams]
         first, second = self.burst(self.random.randrange(150)), self.burst(self.random.randrange(150))
         self.write(first)
         self.strike(fault)
@@ -92,12 +108,26 @@ class Faults:
             wait_for("the rest", lambda: self.published() - named == before - named, 30)
             self.write(first + second)
         self.agree()
+        if set(self.history) == {"none"}:  # whatever dies has everything sent again, at any later moment
+            for upstream, start in zip(self.upstreams, seen):
+                late = [f"withdraw {p}" for p in PREFIXES if p not in before]  # of the round before, and redundant
+                check_order(late + first + second, [event for event in upstream.events[start:] if event.prefix])
+
+
+def check_order(lines: list[str], events: list[Event]) -> None:
+    """Each prefix came and went at the peer in the order of the pipe; ExaBGP may leave out what was overtaken."""
+    rest = {prefix: iter([line.split()[0] for line in lines if line.endswith(f" {prefix}")]) for prefix in PREFIXES}
+    for event in events:
+        verb = "announce" if event.sign == "+" else "withdraw"
+        assert verb in rest[event.prefix], f"{event.prefix}: {verb} came out of order"
 
 
 @pytest.fixture
-def faults(start_trio: StartTrio, exabgp: str, request: pytest.FixtureRequest) -> Iterator[Faults]:
-    trio, upstream = start_trio(exabgp)
-    harness = Faults(trio, upstream, request.param)
+def faults(start_trio: StartTrio, exabgp: str, directory: Path, request: pytest.FixtureRequest) -> Iterator[Faults]:
+    second = Upstream(directory, exabgp, address="127.0.0.3")
+    trio, upstream = start_trio(exabgp, SECOND, second=second)
+    wait_for("both sessions", lambda: str(trio.state().get("neighbors")).count("'up'") == 2)
+    harness = Faults(trio, (upstream, second), request.param)
     yield harness
     os.close(harness.pipe)
 
@@ -113,6 +143,14 @@ def test_nothing_is_lost_or_left_over_whatever_dies(faults: Faults) -> None:
 def test_fifty_rounds(faults: Faults) -> None:
     for _ in range(15):
         faults.round(faults.random.choice(FAULTS))
+
+
+@pytest.mark.parametrize(
+    ("faults", "rounds"), [(2, 20), pytest.param(3, 200, marks=pytest.mark.slow)], indirect=["faults"]
+)
+def test_the_order_at_each_peer_is_the_order_in_the_pipe(faults: Faults, rounds: int) -> None:
+    for _ in range(rounds):
+        faults.round("none")
 
 
 def test_a_post_that_was_answered_200_survives_the_controllers_death(exabgp: str, start_trio: StartTrio) -> None:
@@ -145,6 +183,32 @@ def test_a_full_disk_stops_nothing(newest_exabgp: str, start_trio: StartTrio) ->
     wait_for("the route", lambda: set(upstream.table()) == {"192.0.2.1/32"})
     journal.with_name("journal.new").unlink()
     trio.wait_for_log("The journal is written again")
+
+
+@pytest.mark.parametrize("file", ["rtbh-controller.log", "state.json.new"])
+@pytest.mark.parametrize("trouble", ["full", "unwritable"])
+def test_a_log_or_state_that_cannot_be_written_stops_nothing(
+    newest_exabgp: str, start_trio: StartTrio, file: str, trouble: str
+) -> None:
+    trio, upstream = start_trio(newest_exabgp)
+    trio.wait_for_log("RTBH controller started")
+    path = trio.directory / file
+    path.unlink(missing_ok=True)
+    if trouble == "full":
+        path.symlink_to("/dev/full")
+    else:
+        path.mkdir()
+    trio.echo("announce 192.0.2.1", "announce 192.0.2.2", "withdraw 192.0.2.1")
+    wait_for("the route", lambda: set(upstream.table()) == {"192.0.2.2/32"})
+    log, error = ("exabgp.log", "cannot write") if "log" in file else ("rtbh-controller.log", "cannot write the state")
+    trio.wait_for_log(error, log)
+    if trouble == "full":
+        path.unlink()
+    else:
+        path.rmdir()
+    trio.echo("announce 192.0.2.3")
+    wait_for("the state to be published again", lambda: len(advertised(trio)) == 2)
+    trio.wait_for_log("ANNOUNCE 192.0.2.3/32")
 
 
 # ---------------------------------------------------------------- life and death
@@ -264,6 +328,23 @@ def test_a_pipe_that_cannot_be_made_is_waited_for(newest_exabgp: str, directory:
         trio.wait_for_log(f"ERROR: cannot open the pipe {trio.pipe}: No such file or directory")
         trio.pipe.parent.mkdir()
         wait_for("the pipe", trio.pipe.is_fifo)
+        trio.echo("announce 192.0.2.1")
+        wait_for("the route", lambda: upstream.table().keys() == {"192.0.2.1/32"})
+    finally:
+        trio.stop()
+        upstream.stop()
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o440])
+def test_a_pipe_with_the_wrong_permissions_is_mended(newest_exabgp: str, directory: Path, mode: int) -> None:
+    upstream = Upstream(directory, newest_exabgp)
+    trio = Trio(directory, newest_exabgp, upstream.port)
+    upstream.start()
+    os.mkfifo(trio.pipe, mode)
+    try:
+        trio.start_exabgp()
+        if os.geteuid():  # root may do anything
+            trio.wait_for_log("had the wrong permissions; set to 0660")
         trio.echo("announce 192.0.2.1")
         wait_for("the route", lambda: upstream.table().keys() == {"192.0.2.1/32"})
     finally:
