@@ -28,8 +28,6 @@ import fcntl
 import functools
 import ipaddress
 import json
-import logging
-import logging.handlers
 import os
 import queue
 import re
@@ -547,11 +545,8 @@ class Tell(NamedTuple):
 
     def joins(self, other: Tell) -> bool:
         """Whether both may stand in one list: one list of one family with the same attributes keeps the order."""
-        return bool(self.prefix and other.prefix) and self[2:4] == other[2:4] and self.kind == other.kind
-
-    @property
-    def kind(self) -> tuple[str, bool]:
-        return self.verb, ":" in self.prefix
+        same = self.verb == other.verb and self.attributes == other.attributes and self.who == other.who
+        return same and self.prefix != "" and (":" in self.prefix) == (":" in other.prefix)
 
 
 def render(commands: Sequence[Tell]) -> str:
@@ -1206,52 +1201,62 @@ class Dialogue:
 # ---------------------------------------------------------------- files: log, state, pipe
 
 
-class LogFile(logging.handlers.WatchedFileHandler):
-    """The log file, opened anew after a rotation; what can't be written goes to stderr and stops nothing."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            super().emit(record)
-        except OSError:
-            self.handleError(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        self.stream = None  # the next record tries to open it again
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"ERROR: cannot write {self.baseFilename}: {sys.exc_info()[1]}\n{record.getMessage()}\n")
-
-
 class Logger:
-    """Writes A4's log lines from a thread of its own: a slow or dead disk never holds up its caller."""
+    """Writes A4's log lines from a thread of its own: a slow or dead disk never holds up its caller.
+
+    The file is opened for each batch, so that it may be rotated or deleted at any time. What can't
+    be written goes to stderr.
+    """
+
+    MANY = 10_000  # lines waiting for the disk above which more are dropped, and counted
 
     def __init__(self, path: str) -> None:
-        self.queue: queue.Queue[Any] = queue.Queue(maxsize=10_000)
+        self.path = path
+        self.queue: queue.SimpleQueue[tuple[float, str] | None] = queue.SimpleQueue()
         self.lost = 0
-        file = LogFile(path, encoding="utf-8", delay=True)
-        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        self.thread = threading.Thread(target=self.write, args=(file,), daemon=True)
+        self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
     def __call__(self, text: str) -> None:
-        try:
-            if self.lost:
-                self.queue.put_nowait(logging.makeLogRecord({"msg": f"ERROR: {self.lost} log lines were lost"}))
-                self.lost = 0
-            self.queue.put_nowait(logging.makeLogRecord({"msg": text}))
-        except queue.Full:
+        if self.queue.qsize() >= self.MANY:
             self.lost += 1
+        else:
+            self.queue.put((time.time(), text))
 
-    def write(self, file: LogFile) -> None:
-        for record in iter(self.queue.get, None):
-            file.handle(record)
+    def run(self) -> None:
+        running = True
+        while running:
+            batch = [self.queue.get()]
+            while self.queue.qsize():
+                batch.append(self.queue.get())
+            if self.lost:
+                batch.insert(-1, (time.time(), f"ERROR: {self.lost} log lines were lost"))
+                self.lost = 0
+            running = None not in batch
+            self.write("".join(f"{clock(entry[0])} {entry[1]}\n" for entry in batch if entry))
+
+    def write(self, text: str) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"ERROR: cannot write {self.path}: {error.strerror}\n{text}")
 
     def close(self) -> None:
         """Write what is queued, for a second at most."""
-        try:
-            self.queue.put_nowait(None)
-        except queue.Full:
-            return
+        self.queue.put(None)
         self.thread.join(1.0)
+
+
+@functools.lru_cache(maxsize=2)
+def clock_second(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+
+
+def clock(seconds: float) -> str:
+    """Local time, as people read it."""
+    return clock_second(int(seconds))
 
 
 class Publisher:
@@ -1737,10 +1742,6 @@ def print_status(path: str) -> int:
     for at, text in refusals[-10:]:
         print(f"refused {clock(at)} {text}")
     return 0 if alive and any(n["state"] == "up" for n in state["neighbors"].values()) else 1
-
-
-def clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 class LastGood:
