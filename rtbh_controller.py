@@ -1059,32 +1059,40 @@ def snapshot(blackholes: Blackholes, exabgp: str, now: Now) -> list[str]:
     return lines + [f'{{"do": "announce", "route": {text}}}' for text in blackholes.texts.values()]
 
 
-def publication(blackholes: Blackholes, version: str, now: Now) -> str:
+def publication(blackholes: Blackholes, version: str, now: Now) -> bytearray:
     """The published state as JSON; all times in seconds since the epoch.
 
     Most routes of a large table are as they were: their text is kept, and only put together here.
     """
-    usual = json.dumps(blackholes.delivery(""))
-    special = blackholes.unanswered.keys() | blackholes.refused
-    routes = [
-        f'{blackholes.texts[prefix][:-1]}, "neighbors": '
-        f"{json.dumps(blackholes.delivery(prefix)) if prefix in special else usual}}}"
-        for prefix in blackholes.routes
-    ]
-    routes += [
-        json.dumps(
-            {"prefix": prefix, "source": "other", "announced_at": None, "until": None, "id": "", "reason": ""}
-            | {"neighbors": dict.fromkeys(addresses, "advertised")}
-        )
-        for prefix, addresses in blackholes.others.items()
-    ]
     neighbors = {address: {"state": n.state, "since": n.since} for address, n in blackholes.neighbors.items()}
     head = json.dumps(
         {"heartbeat": now.wall, "pid": os.getpid(), "exabgp": version, "neighbors": neighbors}
         | {"refused_ids": list(blackholes.refused_ids), "recent": list(blackholes.recent)}
+        | {"routers": [router.address for router in blackholes.routers]}
         | {"limits": {"max_routes": blackholes.settings.safety.max_routes}}
     )
-    return f'{head[:-1]}, "routes": [{", ".join(routes)}]}}'
+    usual = json.dumps(blackholes.delivery(""))
+    special = blackholes.unanswered.keys() | blackholes.refused
+    text = bytearray(f'{head[:-1]}, "routes": ['.encode("ascii"))
+    between = ""
+    for prefix in blackholes.routes:
+        delivery = json.dumps(blackholes.delivery(prefix)) if prefix in special else usual
+        text += f'{between}{blackholes.texts[prefix][:-1]}, "neighbors": {delivery}}}'.encode("ascii")
+        between = ", "
+    for prefix, addresses in blackholes.others.items():
+        route: dict[str, Any] = {
+            "prefix": prefix,
+            "source": "other",
+            "announced_at": None,
+            "until": None,
+            "id": "",
+            "reason": "",
+        }
+        route |= {"neighbors": dict.fromkeys(addresses, "advertised")}
+        text += f"{between}{json.dumps(route)}".encode("ascii")
+        between = ", "
+    text += b"]}"
+    return text
 
 
 # ---------------------------------------------------------------- what is said to ExaBGP, and answered
@@ -1264,12 +1272,12 @@ class Publisher:
 
     def __init__(self, path: str, log: Callable[[str], None]) -> None:
         self.path, self.log = path, log
-        self.text: str | None = None
+        self.text = bytearray()
         self.changed = threading.Event()
         self.failed = ""
         threading.Thread(target=self.write, daemon=True).start()
 
-    def __call__(self, text: str) -> None:
+    def __call__(self, text: bytearray) -> None:
         self.text = text
         self.changed.set()
 
@@ -1278,8 +1286,8 @@ class Publisher:
             self.changed.clear()
             try:
                 descriptor = os.open(f"{self.path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
-                with open(descriptor, "w", encoding="utf-8") as file:
-                    file.write(self.text or "")
+                with open(descriptor, "wb") as file:
+                    file.write(self.text)
                 os.replace(f"{self.path}.new", self.path)
                 failed = ""
             except OSError as error:
@@ -1298,8 +1306,12 @@ class JournalFile:
 
     SPARE = 256 * 1024  # bytes that a journal may grow beyond twice its last snapshot
 
-    def __init__(self, path: str, log: Callable[[str], None]) -> None:
-        self.path, self.log = path, log
+    def __init__(
+        self, path: str, log: Callable[[str], None], durable: Callable[[int], None] = lambda request: None
+    ) -> None:
+        """`durable` is called in the thread, with the number of the last request that it has carried out."""
+        self.path, self.log, self.on_durable = path, log, durable
+        self.request = 0
         self.descriptor = -1
         self.size, self.limit = 0, 0  # a limit of 0: write a snapshot first
         self.failed = ""
@@ -1363,17 +1375,21 @@ class JournalFile:
         self.failed = text
         self.close()
 
-    def synchronize(self) -> None:
-        """Have the thread make durable what was appended."""
+    def synchronize(self) -> int:
+        """Have the thread make durable what was appended; returns the number of the request."""
         if self.size != self.durable:
             self.durable = self.size
+            self.request += 1
             self.wanted.set()
+        return self.request
 
     def run(self) -> None:
         while self.wanted.wait():
             self.wanted.clear()
+            request = self.request
             with contextlib.suppress(OSError):
                 os.fdatasync(self.descriptor)
+            self.on_durable(request)
 
 
 def parent_process() -> str:
