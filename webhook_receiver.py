@@ -5,8 +5,9 @@
     {"action": "announce", "target_ip": "192.0.2.100", "withdraw_after": 3600}
 
 action is announce (the default), withdraw or withdraw-all; target_ip an address or a prefix;
-withdraw_after the seconds until the blackhole ends by itself; "dry_run": true applies every
-guard and changes nothing; reason is one line for the log. Answers are JSON.
+withdraw_after the seconds until the blackhole ends by itself; reason one line for the log;
+"dry_run": true applies every guard and changes nothing; "wait": SECONDS answers when every router
+was told, or at that time. GET /status (with the token), /health and /metrics. Answers are JSON.
 
 Settings: section [webhook] of the file that the controller reads too (see rtbh_controller.py).
 Signals: SIGHUP rereads the settings; SIGTERM and SIGINT stop the receiver.
@@ -16,34 +17,42 @@ Exit codes: 0 a clean end, 1 unusable settings or address, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import dataclasses
+import email.utils
+import functools
 import hmac
 import http
-import http.server
 import ipaddress
 import json
 import math
 import os
+import re
 import signal
 import socket
-import socketserver
 import ssl
 import stat
 import sys
-import threading
 import time
 import urllib.parse
 import uuid
-from collections import deque
-from typing import Any, NamedTuple
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
 
 from rtbh_controller import (
     DEFAULT_CONFIG,
     PLACEHOLDER_TOKEN,
+    Attributes,
+    Blackholes,
+    JournalFile,
     Logger,
+    Neighbor,
     Now,
     Prefix,
+    Refusal,
+    Route,
     Settings,
     SettingsError,
     check_prefix,
@@ -51,21 +60,28 @@ from rtbh_controller import (
     load_settings,
     parse_prefix,
     printable,
-    read_state,
+    render,
 )
 
+HEAD_MAX = 16 * 1024  # bytes of request line and headers
 BODY_MAX = 64 * 1024  # bytes
-CLIENTS_MAX = 200  # connections served at once
-CLIENT_TIMEOUT = 10.0  # seconds a client may take to send, or stay idle
+CLIENTS_MAX = 700  # connections; above, the one that has kept us waiting longest makes room
+REQUEST_TIMEOUT = 10.0  # seconds from the first byte of a request to its last
+IDLE_TIMEOUT = 60.0  # seconds without a request on a kept connection
+LINGER = 1.0  # seconds in which what a refused client still sends is read, so that it gets its answer
 WINDOW = 60.0  # seconds over which announcements are counted
+STALE = 3.0  # seconds without a heartbeat after which the controller counts as away
 CONFIRM = 1.0  # seconds until a line must show in the published state, or is written again
-RETRY = 1.0  # seconds until a withdrawal that could not be written is tried again
+RETRY = 1.0  # seconds until a line that could not be written is tried again
+WAIT_MAX = 10.0  # seconds that a client may ask to wait for the routers
+DURABLE_MAX = 1.0  # seconds that an answer waits for a slow disk
+DRAIN = 1.5  # seconds for the last answers when the receiver stops
 
-# ---------------------------------------------------------------- requests
+# ---------------------------------------------------------------- what a body asks for
 
 
 class Rejected(Exception):
-    """A request that is answered with an error; changes nothing."""
+    """A request that is answered with an error; changes nothing. `retry_after` in seconds."""
 
     def __init__(self, status: int, error: str, log: str = "", retry_after: float = 0.0) -> None:
         super().__init__(error)
@@ -74,12 +90,13 @@ class Rejected(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a body asks for. `prefix` is None for withdraw-all; `withdraw_after` in seconds, None: the default."""
+    """What a body asks for. `prefix` is None for withdraw-all; times in seconds, None: the default."""
 
     action: str
     prefix: Prefix | None
     withdraw_after: int | None = None
     dry_run: bool = False
+    wait: float = 0.0
     reason: str = ""
 
 
@@ -101,14 +118,17 @@ def parse_body(body: bytes) -> Request:
     dry_run = data.get("dry_run", False)
     if not isinstance(dry_run, bool):
         raise Rejected(400, "dry_run: must be true or false")
+    wait = data.get("wait", 0)
+    if isinstance(wait, bool) or not isinstance(wait, (int, float)) or not 0 <= wait <= WAIT_MAX:
+        raise Rejected(400, f"wait: must be a number of seconds from 0 to {WAIT_MAX:.0f}")
     reason = data.get("reason", "")
     if not isinstance(reason, str) or len(reason) > 200 or not reason.isprintable():
         raise Rejected(400, "reason: must be one line of at most 200 printable characters")
     if action == "withdraw-all":
         if "target_ip" in data:
             raise Rejected(400, "target_ip: has no place in withdraw-all; to end one blackhole use withdraw")
-        return Request(action, None, None, dry_run, reason)
-    return Request(action, read_target(data), read_withdraw_after(data), dry_run, reason)
+        return Request(action, None, None, dry_run, wait, reason)
+    return Request(action, read_target(data), read_withdraw_after(data), dry_run, wait, reason)
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -139,142 +159,281 @@ def read_withdraw_after(data: dict[str, Any]) -> int | None:
     return value
 
 
+# ---------------------------------------------------------------- what the controller publishes
+
+
+class View:
+    """The published state as the guards need it. `mirror` is the controller's own decision code, fed from it."""
+
+    def __init__(self, settings: Settings, state: dict[str, Any]) -> None:
+        """Raises KeyError, TypeError or ValueError when it is no published state."""
+        self.heartbeat = float(state.get("heartbeat", 0.0))
+        self.neighbors: dict[str, dict[str, Any]] = state.get("neighbors", {})
+        self.routes: dict[str, dict[str, Any]] = {route["prefix"]: route for route in state.get("routes", [])}
+        self.refused_ids = set(state.get("refused_ids", []))
+        self.exabgp = str(state.get("exabgp", ""))
+        self.mirror = mirror = Blackholes(settings)
+        mirror.routers = {parse_prefix(address) for address in state.get("routers", [])}
+        mirror.neighbors = {address: Neighbor(n["state"], n["since"]) for address, n in self.neighbors.items()}
+        for prefix, route in self.routes.items():
+            if route["source"] == "other":
+                mirror.others[prefix] = list(route["neighbors"])
+            else:
+                attributes = Attributes(route["attributes"])
+                mirror.routes[prefix] = Route(prefix, attributes, route["announced_at"], source=route["source"])
+        self.ours = {prefix for prefix, route in self.routes.items() if route["source"] == "webhook"}
+
+    def fresh(self, now: Now) -> bool:
+        """Whether the controller lives; a heartbeat from the future is one from before the clock was set back."""
+        return -STALE < now.wall - self.heartbeat < STALE
+
+    def any_up(self) -> bool:
+        return any(neighbor["state"] == "up" for neighbor in self.neighbors.values())
+
+    def warning(self, prefix: str) -> dict[str, str]:
+        """What the one who announces the prefix should know."""
+        route = self.routes.get(prefix)
+        if not self.any_up():
+            return {"warning": "no BGP session is up: the route goes out when one is"}
+        if route and route["until"] is None:
+            return {"warning": "an operator has pinned the route: it stays until it is withdrawn"}
+        return {}
+
+    def expect(self, order: Order) -> None:
+        """Count a route that the controller has been told to hold, until it says so itself."""
+        attributes = self.mirror.new_attributes[6 if ":" in order.prefix else 4]
+        route = Route(order.prefix, attributes, order.sent_at, source="webhook")
+        self.mirror.routes.setdefault(order.prefix, route)
+        self.ours.add(order.prefix)
+
+
 # ---------------------------------------------------------------- decisions
 
 
-class Timer(NamedTuple):
-    """The end of a blackhole that this receiver announced: `due` on the monotonic clock, `length` in seconds."""
+class Order(NamedTuple):
+    """What this receiver last asked of the controller about a prefix, until that is done.
 
-    due: float
+    An announce stays until its route is gone: at its end it becomes a withdraw with its id. An
+    explicit withdraw has no id. Times: `sent_at` and `until` in seconds since the epoch; `due` and
+    `again_at` (when to look, and if need be to write the line again) on the monotonic clock.
+    """
+
     prefix: str
+    action: str
     id: str
-    length: int
-
-
-class Sent(NamedTuple):
-    """A line in the pipe that the published state does not show yet; `id` empty: an explicit withdraw."""
-
     line: str
-    id: str
-    wall: float  # seconds since the epoch when it was first written
-    again_at: float  # monotonic: when to look, and if need be to write it again
+    sent_at: float
+    length: int = 0
+    until: float = math.inf
+    due: float = math.inf
+    again_at: float = 0.0
+    shown: bool = False  # the published state has shown the route
+
+    def record(self) -> str:
+        """For the disk: nothing that is of this process or boot alone."""
+        kept = {key: value for key, value in self._asdict().items() if key not in ("due", "again_at")}
+        kept["until"] = None if self.until == math.inf else self.until
+        return json.dumps({"order": kept})
+
+
+def read_orders(text: str, now: Now) -> dict[str, Order]:
+    """Orders from their file. What is left of a timer is at most its length, whatever the clock says."""
+    orders: dict[str, Order] = {}
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+            if "over" in record:
+                orders.pop(record["over"], None)
+                continue
+            order = Order(**record["order"])
+            orders[order.prefix] = order
+        except (ValueError, KeyError, TypeError):
+            continue  # torn when the host died
+    for prefix, order in orders.items():
+        until = math.inf if order.until is None else order.until
+        due = now.mono + min(until - now.wall, order.length) if order.action == "announce" else math.inf
+        orders[prefix] = order._replace(until=until, due=due, again_at=now.mono)
+    return orders
 
 
 class Decision(NamedTuple):
-    """What a request leads to: the line for the pipe, the timer if it announces, the answer and the log message."""
+    """What a request leads to: the line for the pipe, what becomes of the orders, the answer and the log message."""
 
     line: str
-    timer: Timer | None
+    orders: list[Order]
     charged: bool
     answer: dict[str, Any]
     log: str
 
 
 class Desk:
-    """The announcements of the last minute and the timers of what is announced. No I/O, no clock."""
+    """The announcements of the last minute, and the orders that are not done. No I/O, no clock."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.accepted: deque[float] = deque()  # monotonic times of the announcements that count
-        self.timers: dict[str, Timer] = {}
-        self.sent: dict[str, Sent] = {}  # by prefix: a controller may die with what it has read
+        self.orders: dict[str, Order] = {}
 
-    def decide(self, request: Request, identity: str, now: Now) -> Decision:
+    def decide(self, request: Request, identity: str, view: View, now: Now) -> Decision:
         """What to do about a request; nothing is changed yet. Raises Rejected."""
+        because = f": {printable(request.reason, 800)}" if request.reason else ""
+        if not request.dry_run and not view.fresh(now) and request.action != "announce":
+            raise controller_away("no heartbeat in the published state")
         if request.prefix is None:
-            return Decision("withdraw-all", None, False, {"status": "ok"}, f"WEBHOOK WITHDRAW-ALL{because(request)}")
-        prefix = str(request.prefix)
+            held = {**dict.fromkeys(view.mirror.routes), **self.orders}
+            ends = [self.order(prefix, "withdraw", "", f"withdraw {prefix}", now) for prefix in held]
+            return Decision("withdraw-all", ends, False, {"status": "ok"}, f"WEBHOOK WITHDRAW-ALL{because}")
+        prefix = request.prefix.text
         answer: dict[str, Any] = {"status": "ok", "prefix": prefix}
         if request.action == "withdraw":
-            return Decision(f"withdraw {prefix}", None, False, answer, f"WEBHOOK WITHDRAW {prefix}{because(request)}")
+            order = self.order(prefix, "withdraw", "", f"withdraw {prefix}", now)
+            return Decision(order.line, [order], False, answer, f"WEBHOOK WITHDRAW {prefix}{because}")
         limits = self.settings.webhook
         length = limits.withdraw_after if request.withdraw_after is None else request.withdraw_after
         if not 1 <= length <= limits.max_withdraw_after:
             raise Rejected(400, f"withdraw_after: must be from 1 to {limits.max_withdraw_after} seconds")
-        self.check_guards(request.prefix)
-        charged = prefix not in self.timers
+        charged = not self.holds(prefix)
+        self.check_guards(request.prefix, charged, view, now)
         if charged:
-            self.check_limits(prefix, now)
-        timer = Timer(now.mono + length, prefix, identity, length)
+            self.check_rate(prefix, now)
         line = f"announce {prefix} until={now.wall + length:.3f} id={identity} source=webhook"
         line += f" reason={urllib.parse.quote(request.reason, safe='')}" if request.reason else ""
+        order = self.order(prefix, "announce", identity, line, now)
+        order = order._replace(length=length, until=now.wall + length, due=now.mono + length)
         answer["withdraw_after"] = length
-        log = f"WEBHOOK ANNOUNCE {prefix} (auto-withdraw in {length}s){because(request)}"
-        return Decision(line, timer, charged, answer, log)
+        answer |= view.warning(prefix)
+        return Decision(
+            line, [order], charged, answer, f"WEBHOOK ANNOUNCE {prefix} (auto-withdraw in {length}s){because}"
+        )
 
-    def check_guards(self, prefix: Prefix) -> None:
-        refusal = check_prefix(prefix, self.settings.safety)
+    def order(self, prefix: str, action: str, identity: str, line: str, now: Now) -> Order:
+        return Order(prefix, action, identity, line, now.wall, again_at=now.mono + CONFIRM)
+
+    def holds(self, prefix: str) -> bool:
+        """Whether this receiver has announced the prefix, and it is not over: announcing it again is a renewal."""
+        order = self.orders.get(prefix)
+        return order is not None and order.action == "announce"
+
+    def check_guards(self, prefix: Prefix, new: bool, view: View, now: Now) -> None:
+        """The controller's own guards, so that nothing is accepted here that it refuses. Raises Rejected."""
+        shown = prefix.address if prefix.host else prefix.text
+        refusal = check_prefix(prefix, self.settings.safety, view.mirror.routers)
+        if refusal is None and not view.fresh(now):
+            raise controller_away("no heartbeat in the published state")
+        refusal = refusal or view.mirror.refusal(prefix, not new)
+        if refusal is None and new and len(view.ours) >= self.settings.webhook.max_routes:
+            refusal = Refusal("max_routes", f"{len(view.ours)} routes of this receiver are held")
         if refusal is None:
             return
-        shown = prefix.address if prefix.host else prefix.text
-        if refusal.guard == "whitelist":
-            raise Rejected(403, "IP is whitelisted", f"BLOCKED whitelisted IP {shown} ({refusal.why})")
-        error = "Not in allowed prefixes" if refusal.guard == "allowed" else "Prefix too short"
-        raise Rejected(403, error, f"BLOCKED {shown}: {refusal.guard}: {refusal.why}")
+        status, error = REFUSALS.get(refusal.guard, (403, "Prefix too short"))
+        what = f"BLOCKED whitelisted IP {shown}" if refusal.guard == "whitelist" else f"BLOCKED {shown}"
+        raise Rejected(status, error, f"{what}: {refusal.guard}: {refusal.why}")
 
-    def check_limits(self, prefix: str, now: Now) -> None:
-        limits = self.settings.webhook
-        held = len(self.timers)
-        if held >= min(limits.max_routes, self.settings.safety.max_routes):
-            raise Rejected(409, "Route limit reached", f"REFUSED {prefix}: max_routes: {held} routes are held")
+    def check_rate(self, prefix: str, now: Now) -> None:
+        limit = self.settings.webhook.max_announcements_per_minute
         while self.accepted and self.accepted[0] <= now.mono - WINDOW:
             self.accepted.popleft()
-        if len(self.accepted) >= limits.max_announcements_per_minute:
-            wait = self.accepted[0] + WINDOW - now.mono if self.accepted else WINDOW
+        if len(self.accepted) >= limit:
+            wait = self.accepted[-limit] + WINDOW - now.mono if limit else WINDOW
             raise Rejected(429, "Rate limit exceeded", f"RATE LIMITED announcement for {prefix}", wait)
 
-    def commit(self, decision: Decision, request: Request, now: Now) -> None:
-        """Record what a decision changes, once its line is in the pipe."""
-        if request.prefix is None:
-            for prefix in [*self.timers, *self.sent]:
-                self.send(prefix, f"withdraw {prefix}", "", now)
-            self.timers.clear()
-        elif decision.timer is None:
-            self.timers.pop(str(request.prefix), None)
-            self.send(str(request.prefix), decision.line, "", now)
-        else:
-            self.timers[decision.timer.prefix] = decision.timer
-            self.send(decision.timer.prefix, decision.line, decision.timer.id, now)
+    def commit(self, decision: Decision, view: View, now: Now) -> list[str]:
+        """Record what a decision changes, once its line is in the pipe; returns the records for the disk."""
+        for order in decision.orders:
+            self.orders[order.prefix] = order
+            if order.action == "announce":
+                view.expect(order)
         if decision.charged:
             self.accepted.append(now.mono)
+        return [order.record() for order in decision.orders]
 
-    def send(self, prefix: str, line: str, identity: str, now: Now) -> None:
-        """Note that a line about the prefix was written."""
-        self.sent[prefix] = Sent(line, identity, now.wall, now.mono + CONFIRM)
+    # -- orders, until they are done
 
-    def unconfirmed(self, state: dict[str, Any], now: Now) -> list[tuple[str, Sent]]:
-        """The lines to be written again; forgets those that the published state shows carried out or refused."""
-        again = []
-        if not state or not -CONFIRM < now.wall - state["heartbeat"] < 3.0:
-            return []  # the controller is away: what it does next is seen when it is back
-        routes = {route["prefix"]: route for route in state["routes"]}
-        for prefix, sent in list(self.sent.items()):
-            if now.mono < sent.again_at or state["heartbeat"] < sent.wall + 0.2:
+    def review(self, view: View, now: Now) -> tuple[list[str], list[str]]:
+        """Compare the orders with the published state; returns records for the disk and messages for the log."""
+        records, messages = [], []
+        for prefix, order in list(self.orders.items()):
+            if order.sent_at > now.wall:  # the clock was set back
+                order = self.orders[prefix] = order._replace(sent_at=now.wall - 0.2)
+            if not self.seen(order, view, now):
                 continue
-            if carried_out(sent, routes.get(prefix), state["refused_ids"]):
-                del self.sent[prefix]
-            else:
-                again.append((prefix, sent))
-        return again
+            fate = fate_of(order, view.routes.get(prefix), view.refused_ids)
+            if fate == "shown" and not order.shown:
+                self.orders[prefix] = order._replace(shown=True)
+                records.append(self.orders[prefix].record())
+            elif fate not in ("shown", "open"):
+                del self.orders[prefix]
+                records.append(json.dumps({"over": prefix}))
+                if fate == "refused":
+                    messages.append(f"ERROR: the controller refused to announce {prefix}: see its log")
+        return records, messages
 
-    def next_timer(self) -> Timer | None:
-        """The timer that ends first, if any."""
-        return min(self.timers.values(), default=None)
+    def overdue(self, view: View, now: Now) -> list[Order]:
+        """The orders whose lines are to be written now: ends that have come, and lines that were lost."""
+        found = []
+        for order in self.orders.values():
+            if order.action == "announce" and now.mono >= order.due:
+                end = self.order(order.prefix, "withdraw", order.id, f"withdraw {order.prefix} id={order.id}", now)
+                found.append(end._replace(length=order.length))
+            elif now.mono >= order.again_at and not order.shown and self.seen(order, view, now):
+                found.append(order)
+        return found
+
+    def seen(self, order: Order, view: View, now: Now) -> bool:
+        """Whether a living controller has published since it got the order, so that what it shows counts."""
+        return view.fresh(now) and view.heartbeat >= order.sent_at + 0.2
+
+    def next_due(self) -> float:
+        """The monotonic time of the next end."""
+        return min((order.due for order in self.orders.values()), default=math.inf)
 
 
-def carried_out(sent: Sent, route: dict[str, Any] | None, refused: list[str]) -> bool:
-    """Whether the published state shows what the line asked for, or that it was refused or overtaken."""
-    if sent.line.startswith("announce"):
-        if route is None or sent.id in refused:
-            return sent.id in refused
-        return bool(route["until"] is None or route["id"] == sent.id or route["announced_at"] > sent.wall)
+REFUSALS = {
+    "whitelist": (403, "IP is whitelisted"),
+    "allowed": (403, "Not in allowed prefixes"),
+    "max_routes": (409, "Route limit reached"),
+    "static": (409, "Announced by exabgp.conf already"),
+    "next_hop_ipv6": (409, "No IPv6 next hop is set: see next_hop_ipv6 in [bgp]"),
+}
+
+
+def controller_away(why: str) -> Rejected:
+    return Rejected(503, "The controller cannot take commands now", f"ERROR: controller away: {why}", RETRY)
+
+
+def fate_of(order: Order, route: dict[str, Any] | None, refused: set[str]) -> str:
+    """What a published state says of an order: shown, open, done, refused or overtaken by another's command."""
+    if order.action == "announce":
+        if order.id in refused:
+            return "refused"
+        if route is None:
+            return "done" if order.shown else "open"
+        if route["id"] == order.id:
+            return "shown"
+        if order.shown or route["until"] is None or route["announced_at"] > order.sent_at:
+            return "overtaken"
+        return "open"
     if route is None or route["source"] == "other":
-        return True
-    return bool(route["id"] != sent.id if sent.id else route["announced_at"] > sent.wall)
+        return "done"
+    overtaken = route["id"] != order.id if order.id else route["announced_at"] > order.sent_at
+    return "overtaken" if overtaken else "open"
 
 
-def because(request: Request) -> str:
-    return f": {printable(request.reason, 800)}" if request.reason else ""
+def delivery(order: Order, view: View) -> tuple[bool, dict[str, str]]:
+    """Whether every router with a session was told of the order, and what each was."""
+    route = view.routes.get(order.prefix)
+    states = {address: str(neighbor["state"]) for address, neighbor in view.neighbors.items()}
+    if order.action == "announce":
+        here = route is not None and (route["id"] == order.id or route["until"] is None)
+    else:
+        here = route is None or route["source"] == "other"
+        route = None
+    told = {address: "pending" if state == "up" else state for address, state in states.items()}
+    if here:
+        told = {a: "advertised" if state == "up" else state for a, state in states.items()}
+        told.update(route["neighbors"] if route else {})
+    up = [told[address] for address, state in states.items() if state == "up"]
+    return bool(up) and all(status == "advertised" for status in up), told
 
 
 # ---------------------------------------------------------------- the pipe
@@ -311,201 +470,586 @@ class Pipe:
         self.descriptor = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
 
 
-# ---------------------------------------------------------------- service
+# ---------------------------------------------------------------- HTTP/1.1 (RFC 9112)
+
+
+class HttpRequest(NamedTuple):
+    """One request; header names in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    keep_alive: bool
+
+
+REQUEST_LINE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([!-~]{1,8192}) HTTP/([0-9])\.([0-9])")
+HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}):[ \t]*([ \t!-~\x80-\xff]*)")
+HEAD_END = re.compile(rb"\r?\n\r?\n")
+ONCE = ("content-length", "host", "x-auth-token")  # two of one: someone between us may read it the other way
+
+
+class RequestReader:
+    """Cuts a byte stream into requests, whatever the pieces it comes in. No I/O."""
+
+    def __init__(self) -> None:
+        self.buffer = bytearray()
+        self.head: HttpRequest | None = None  # read, its body is to come
+        self.length = 0
+        self.wants_continue = False  # the client waits for `100 Continue` before it sends the body
+
+    def feed(self, data: bytes) -> None:
+        self.buffer += data
+
+    def next(self) -> HttpRequest | None:
+        """The next whole request. Raises Rejected, and then nothing after it can be understood."""
+        self.head = self.head or self.read_head()
+        if self.head is None or len(self.buffer) < self.length:
+            return None
+        body = bytes(self.buffer[: self.length])
+        del self.buffer[: self.length]
+        request, self.head, self.wants_continue = self.head._replace(body=body), None, False
+        return request
+
+    def read_head(self) -> HttpRequest | None:
+        if self.buffer.startswith(b"\r\n"):  # one empty line before a request is to be ignored
+            del self.buffer[:2]
+        end = HEAD_END.search(self.buffer)
+        if end is None or end.end() > HEAD_MAX:
+            if len(self.buffer) > HEAD_MAX:
+                what = (431, "headers") if b"\n" in self.buffer[:HEAD_MAX] else (414, "path")
+                raise Rejected(what[0], f"{what[1]}: longer than {HEAD_MAX} bytes")
+            return None
+        first, *lines = self.buffer[: end.start()].decode("latin-1").split("\n")
+        del self.buffer[: end.end()]
+        asked = REQUEST_LINE.fullmatch(first.rstrip("\r"))
+        if asked is None:
+            raise Rejected(400, "request line: must be METHOD PATH HTTP/1.1")
+        if asked[3] != "1":
+            raise Rejected(505, "request line: only HTTP/1.1 is spoken here")
+        headers: dict[str, str] = {}
+        for line in lines:
+            found = HEADER.fullmatch(line.rstrip("\r"))
+            if found is None:
+                raise Rejected(400, "headers: each must be NAME: VALUE on a line of its own")
+            name = found[1].lower()
+            if name in headers and name in ONCE:
+                raise Rejected(400, f"{found[1]}: must be given once")
+            headers[name] = found[2].strip()
+        self.length = body_length(asked[1], headers)
+        self.wants_continue = headers.get("expect", "").lower() == "100-continue" and self.length > len(self.buffer)
+        connection = [word.strip() for word in headers.get("connection", "").lower().split(",")]
+        keep_alive = "close" not in connection and (asked[4] != "0" or "keep-alive" in connection)
+        return HttpRequest(asked[1], asked[2].partition("?")[0], headers, b"", keep_alive)
+
+
+def body_length(method: str, headers: dict[str, str]) -> int:
+    """The declared length of the body in bytes, up to BODY_MAX. Raises Rejected."""
+    length = headers.get("content-length")
+    if "transfer-encoding" in headers or (length is None and method == "POST"):
+        raise Rejected(411, "Content-Length: is needed")
+    if length is None:
+        return 0
+    if not (length.isascii() and length.isdigit()):
+        raise Rejected(400, "Content-Length: must be one whole number")
+    if len(length) > 9 or int(length) > BODY_MAX:
+        raise Rejected(413, f"body: longer than {BODY_MAX} bytes")
+    return int(length)
+
+
+class Answer(NamedTuple):
+    """What a client gets: JSON, or text as it is; `retry_after` in seconds."""
+
+    status: int
+    content: dict[str, Any] | str
+    retry_after: float = 0.0
+
+
+def render_answer(answer: Answer, method: str, keep_alive: bool) -> bytes:
+    """The bytes of an answer."""
+    if isinstance(answer.content, str):
+        body, kind = answer.content.encode("ascii"), "text/plain; version=0.0.4"
+    else:
+        tight = (",", ":") if "error" in answer.content else None
+        body, kind = json.dumps(answer.content, separators=tight).encode("ascii"), "application/json"
+    try:
+        phrase = http.HTTPStatus(answer.status).phrase
+    except ValueError:
+        phrase = ""
+    lines = [
+        f"HTTP/1.1 {answer.status} {phrase}",
+        f"Date: {http_date(int(time.time()))}",
+        f"Content-Type: {kind}",
+        f"Content-Length: {len(body)}",
+    ]
+    lines += [f"Retry-After: {math.ceil(answer.retry_after)}"] if answer.retry_after else []
+    lines += ["Allow: POST, GET, HEAD"] if answer.status == 405 else []
+    lines += [] if keep_alive else ["Connection: close"]
+    return "\r\n".join([*lines, "", ""]).encode("ascii") + (b"" if method == "HEAD" else body)
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
+
+
+class Connection(asyncio.Protocol):
+    """One client: bytes in, requests one after another, answers out."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.reader = RequestReader()
+        self.request: HttpRequest | None = None  # being answered
+        self.closing = self.ended = False  # ended: the client has said all
+        self.since = time.monotonic()  # when it began to keep us waiting
+        self.peer = ""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.peer = str((transport.get_extra_info("peername") or ["unknown"])[0])
+        self.service.welcome(self)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closing = True
+        self.service.connections.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.closing:
+            return
+        if not self.reader.buffer and self.reader.head is None:
+            self.since = time.monotonic()
+        self.reader.feed(data)
+        if self.request is None:
+            self.advance()
+        elif len(self.reader.buffer) > HEAD_MAX + BODY_MAX:  # pipelined faster than answered
+            self.transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        """A client may have said all and still listen."""
+        self.ended = True
+        if self.request is None:
+            self.advance()
+        return not self.closing or bool(self.transport.get_write_buffer_size())
+
+    def advance(self) -> None:
+        """Serve the requests that are here, up to one whose answer takes a while."""
+        while self.request is None and not self.closing:
+            try:
+                self.request = self.reader.next()
+                if self.request is None:
+                    if self.reader.wants_continue:
+                        self.reader.wants_continue = False
+                        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    if not self.ended:
+                        return
+                    if not self.reader.buffer and self.reader.head is None:
+                        self.close()
+                        return
+                    raise Rejected(400, "body: shorter than Content-Length, or the headers were cut")
+                answer = self.service.serve(self.request, self)
+            except Rejected as rejected:
+                if rejected.log:
+                    self.service.log(rejected.log)
+                answer = Answer(rejected.status, {"error": rejected.error}, rejected.retry_after)
+            if answer:
+                self.send(answer)
+
+    def respond(self, answer: Answer) -> None:
+        """The answer to a request that had to wait."""
+        self.send(answer)
+        self.transport.resume_reading()
+        self.advance()
+
+    def send(self, answer: Answer) -> None:
+        method = self.request.method if self.request else ""
+        keep_alive = self.request is not None and self.request.keep_alive and not self.service.stopping
+        self.service.counts[answer.status] += 1
+        self.request, self.since = None, time.monotonic()
+        if self.closing:
+            return
+        self.transport.write(render_answer(answer, method, keep_alive))
+        if not keep_alive:
+            self.close()
+
+    def close(self) -> None:
+        """End it so that the answer arrives: what the client still sends is read for a moment."""
+        self.closing = True
+        if self.transport.can_write_eof() and not self.ended:
+            self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    def check_time(self, now: float) -> None:
+        """End it when it keeps us waiting too long."""
+        waits = now - self.since
+        if self.closing:
+            if waits > LINGER:
+                self.transport.abort()
+        elif self.request is None and (self.reader.buffer or self.reader.head) and waits > REQUEST_TIMEOUT:
+            self.send(Answer(408, {"error": f"request: not complete after {REQUEST_TIMEOUT:.0f} seconds"}))
+        elif self.request is None and waits > IDLE_TIMEOUT:
+            self.transport.abort()
+        elif self.transport.get_write_buffer_size() and waits > REQUEST_TIMEOUT:
+            self.transport.abort()  # does not read its answer
+
+
+# ---------------------------------------------------------------- the service
+
+
+class Waiting(NamedTuple):
+    """An answer that is held back: until the disk has its timer, and as long as the client wants to wait."""
+
+    connection: Connection
+    orders: list[Order]
+    answer: dict[str, Any]
+    request: int  # of the journal
+    patience: float  # monotonic: to wait for the disk
+    until: float  # monotonic: to wait for the routers; 0: not at all
 
 
 class Service:
-    """The desk, the pipe and the timers behind one lock: decide, write, record and schedule are one step."""
+    """The desk, the pipe, the orders' file and the clients, all in one thread: no step of it is ever half done."""
 
     def __init__(self, settings: Settings, log: Logger) -> None:
         self.settings, self.log = settings, log
+        self.loop = asyncio.get_running_loop()
         self.desk = Desk(settings)
         self.pipe = Pipe(settings.paths.fifo)
-        self.changed = threading.Condition()
-        self.write_failed = False
-        threading.Thread(target=self.run_timers, daemon=True).start()
+        self.view = View(settings, {})
+        self.looked_at: tuple[int, ...] = ()
+        self.connections: set[Connection] = set()
+        self.waiting: list[Waiting] = []
+        self.counts: Counter[int] = Counter()  # answers by status
+        self.auth_failures = self.announced = 0
+        self.durable = 0
+        self.stopping = False
+        self.pipe_trouble = ""
+        path = os.path.join(settings.paths.state_dir, "webhook-orders")
+        self.file = JournalFile(path, log, self.durable_up_to)
+        now = self.now()
+        self.desk.orders = read_orders(self.file.read(), now)
+        self.file.rewrite([order.record() for order in self.desk.orders.values()])
+        if self.desk.orders:
+            log(f"Took up {len(self.desk.orders)} orders of before")
+        self.tick()
 
-    def handle(self, body: bytes, token: str, client: str) -> dict[str, Any]:
-        """Answer one POST. Raises Rejected."""
-        expected = self.settings.webhook.token
-        if not hmac.compare_digest(token.encode("utf-8", "surrogateescape"), expected.encode()):
-            raise Rejected(403, "Wrong or missing token in X-Auth-Token", f"AUTH FAILED from {client}")
-        request = parse_body(body)
-        identity = uuid.uuid4().hex
-        with self.changed:
-            now = Now(time.time(), time.monotonic())
-            decision = self.desk.decide(request, identity, now)
-            if request.dry_run:
-                return decision.answer | {"status": "dry-run", "command": self.dry_run(request)}
-            try:
-                self.pipe.write(decision.line)
-            except OSError as error:
-                problem = f"ERROR: cannot write to {self.pipe.path}: {error.strerror or error}"
-                raise Rejected(503, "The controller cannot take commands now", problem, RETRY) from None
-            self.desk.commit(decision, request, now)
-            self.changed.notify()
+    def now(self) -> Now:
+        return Now(time.time(), time.monotonic())
+
+    # -- requests
+
+    def serve(self, request: HttpRequest, connection: Connection) -> Answer | None:
+        """The answer to a request; None when it comes later. Raises Rejected."""
+        if request.method == "POST":
+            return self.post(request, connection)
+        if request.method not in ("GET", "HEAD"):
+            raise Rejected(405, "Method not allowed")
+        if request.path == "/status":
+            self.check_token(request, connection)
+            return Answer(200, self.status())
+        if request.path == "/health":
+            why = self.ailment()
+            return Answer(503, {"error": why}, RETRY) if why else Answer(200, {"status": "ok"})
+        if request.path == "/metrics":
+            return Answer(200, self.metrics())
+        raise Rejected(404, "Nothing here: POST announces and withdraws; GET /status, /health or /metrics")
+
+    def check_token(self, request: HttpRequest, connection: Connection) -> None:
+        given = request.headers.get("x-auth-token", "").encode("latin-1")
+        if not hmac.compare_digest(given, self.settings.webhook.token.encode()):
+            self.auth_failures += 1
+            raise Rejected(403, "Wrong or missing token in X-Auth-Token", f"AUTH FAILED from {connection.peer}")
+
+    def post(self, http_request: HttpRequest, connection: Connection) -> Answer | None:
+        self.check_token(http_request, connection)
+        request = parse_body(http_request.body)
+        now = self.now()
+        if not self.view.fresh(now):
+            self.look()
+        decision = self.desk.decide(request, uuid.uuid4().hex, self.view, now)
+        if request.dry_run:
+            return Answer(200, decision.answer | {"status": "dry-run", "command": self.dry_run(request)})
+        try:
+            self.pipe.write(decision.line)
+        except OSError as error:
+            raise controller_away(f"cannot write to {self.pipe.path}: {error.strerror or error}") from None
+        self.file.append(self.desk.commit(decision, self.view, now))
+        number = self.file.synchronize()
+        self.announced += decision.charged
         self.log(decision.log)
-        return decision.answer
+        if self.file.failed:
+            decision.answer.setdefault("warning", "the timer could not be written to disk")
+        until = now.mono + request.wait if request.wait else 0.0
+        patience = now.mono + DURABLE_MAX
+        self.waiting.append(Waiting(connection, decision.orders, decision.answer, number, patience, until))
+        if request.wait:
+            self.loop.call_soon(self.hurry)
+        elif self.file.failed:
+            self.settle(number)
+        return None
 
     def dry_run(self, request: Request) -> str:
-        """The ExaBGP command that the request would lead to, were nothing held."""
-        if request.prefix is None:
-            return "withdraw route of every held prefix"
-        attributes = self.settings.bgp.attributes(request.prefix.version)
-        return f"{request.action} route {request.prefix} {attributes}"
+        """The ExaBGP commands that the request would lead to, a line each."""
+        mirror = self.view.mirror
+        prefixes = list(mirror.routes) if request.prefix is None else [request.prefix.text]
+        verb = "announce" if request.action == "announce" else "withdraw"
+        for prefix in prefixes:
+            attributes = mirror.new_attributes[6 if ":" in prefix else 4]
+            if verb == "withdraw" and prefix in mirror.routes:
+                attributes = mirror.routes[prefix].attributes
+            mirror.tell(verb, prefix, attributes)
+        commands = [render([command]) for command in mirror.effects.commands]
+        mirror.effects.commands.clear()
+        return "\n".join(commands)
 
-    def reload(self, settings: Settings) -> None:
-        with self.changed:
-            self.settings = self.desk.settings = settings
+    # -- answers that wait
 
-    def send_again(self) -> None:
-        """Write again what the published state does not show: it died with a controller that had read it."""
-        now = Now(time.time(), time.monotonic())
-        if all(now.mono < sent.again_at for sent in self.desk.sent.values()):
-            return
-        for prefix, sent in self.desk.unconfirmed(read_state(self.settings.paths.state_file), now):
-            with contextlib.suppress(OSError):
-                self.pipe.write(sent.line)
-                self.log(f"SENT AGAIN {sent.line.split(' until=')[0]}: the controller does not show it")
-            self.desk.sent[prefix] = sent._replace(again_at=now.mono + CONFIRM)
+    def durable_up_to(self, request: int) -> None:
+        """Called in the file's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self.settle, request)
 
-    def run_timers(self) -> None:
-        """Withdraw each blackhole at its time; a withdrawal that can't be written is tried until it is."""
-        with self.changed:
-            while True:
-                self.send_again()
-                timer = self.desk.next_timer()
-                left = math.inf if timer is None else timer.due - time.monotonic()
-                if timer is None or left > 0:
-                    self.changed.wait(min(left, CONFIRM if self.desk.sent else 3600.0))
+    def settle(self, request: int = 0) -> None:
+        """Give the answers that need wait no longer; `request`: up to which the file is durable."""
+        self.durable = max(self.durable, request)
+        now = time.monotonic()
+        waiting, self.waiting = self.waiting, []
+        for held in waiting:
+            answer = held.answer
+            if held.request > self.durable and now < held.patience:
+                self.waiting.append(held)
+                continue
+            if held.until:
+                delivered, told = self.delivered(held)
+                if not delivered and now < held.until and self.view.any_up() and not self.stopping:
+                    self.waiting.append(held)
                     continue
-                try:
-                    self.pipe.write(f"withdraw {timer.prefix} id={timer.id}")
-                except OSError as error:
-                    if not self.write_failed:
-                        self.log(f"ERROR: cannot withdraw {timer.prefix}, trying until it works: {error.strerror}")
-                    self.write_failed = True
-                    self.changed.wait(RETRY)
-                    continue
-                self.write_failed = False
-                del self.desk.timers[timer.prefix]
-                now = Now(time.time(), time.monotonic())
-                self.desk.send(timer.prefix, f"withdraw {timer.prefix} id={timer.id}", timer.id, now)
-                self.log(f"AUTO-WITHDRAW {timer.prefix} after {timer.length}s timeout")
+                answer = answer | {"delivered": delivered, "neighbors": told}
+            held.connection.respond(Answer(200, answer))
 
+    def delivered(self, held: Waiting) -> tuple[bool, dict[str, str]]:
+        """Whether every router with a session was told of all of it, and what each was (of the last)."""
+        done = self.view.any_up()
+        told: dict[str, str] = {}
+        for order in held.orders:
+            delivered, told = delivery(order, self.view)
+            done = done and delivered
+        return done, told
 
-# ---------------------------------------------------------------- HTTP
+    def hurry(self) -> None:
+        """Look at the state often while a client waits for the routers."""
+        self.look()
+        self.settle()
+        if any(held.until for held in self.waiting):
+            self.loop.call_later(0.01, self.hurry)
 
+    # -- the state, the orders, the clock
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """HTTP around Service.handle: lengths, methods, and answers that are always JSON."""
-
-    protocol_version = default_request_version = "HTTP/1.1"  # an answer always has a head
-    timeout = CLIENT_TIMEOUT
-    wbufsize = -1  # head and body leave in one segment
-    disable_nagle_algorithm = True
-    server: Server
-
-    def version_string(self) -> str:
-        """The Server header: no version for an attacker to look up."""
-        return "rtbh-webhook"
-
-    def do_POST(self) -> None:
+    def look(self) -> None:
+        """Read the published state when it has changed."""
         try:
-            body = self.read_body()
-            token = self.headers.get("X-Auth-Token", "")
-            self.answer(200, self.server.service.handle(body, token, self.client_address[0]))
-        except Rejected as rejected:
-            if rejected.log:
-                self.server.service.log(rejected.log)
-            self.answer(rejected.status, {"error": rejected.error}, rejected.retry_after)
+            found = os.stat(self.settings.paths.state_file)
+            identity = (found.st_mtime_ns, found.st_ino, found.st_size)
+            if identity == self.looked_at:
+                return
+            with open(self.settings.paths.state_file, encoding="utf-8") as file:
+                view = View(self.settings, json.load(file))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return  # what was read before grows old by itself
+        self.looked_at, self.view = identity, view
+        for order in self.desk.orders.values():
+            if order.action == "announce" and not order.shown:
+                view.expect(order)
 
-    def do_GET(self) -> None:
-        self.close_connection = True
-        self.answer(404, {"error": "Nothing here: POST announces and withdraws"})
+    def tick(self) -> None:
+        """What time and the published state make necessary; again at the next end, or soon."""
+        try:
+            self.look()
+            self.work(self.now())
+        finally:  # whatever happens, the next end must not be missed
+            self.loop.call_later(min(0.25, max(0.005, self.desk.next_due() - time.monotonic())), self.tick)
 
-    def read_body(self) -> bytes:
-        """The body, of a declared length up to BODY_MAX. Raises Rejected, and then the connection is closed."""
-        self.close_connection, keep = True, not self.close_connection
-        lengths = self.headers.get_all("Content-Length") or []
-        if "Transfer-Encoding" in self.headers or not lengths:
-            raise Rejected(411, "Content-Length is needed")
-        if len(lengths) > 1 or not (lengths[0].isascii() and lengths[0].isdigit()):
-            raise Rejected(400, "Content-Length: must be one whole number")
-        if len(lengths[0]) > 9 or int(lengths[0]) > BODY_MAX:
-            raise Rejected(413, f"body: longer than {BODY_MAX} bytes")
-        body = self.rfile.read(int(lengths[0]))
-        if len(body) < int(lengths[0]):
-            raise Rejected(400, "body: shorter than Content-Length")
-        self.close_connection = not keep
-        return body
+    def work(self, now: Now) -> None:
+        records, messages = self.desk.review(self.view, now)
+        for message in messages:
+            self.log(message)
+        for order in self.desk.overdue(self.view, now):
+            records += self.write(order, now)
+        if records:
+            self.file.append(records)
+            self.file.synchronize()
+        if self.file.full():
+            self.file.rewrite([order.record() for order in self.desk.orders.values()])
+        for connection in list(self.connections):
+            connection.check_time(now.mono)
+        self.settle()
+        notify.watchdog(now.mono)
 
-    def answer(self, status: int, content: dict[str, Any], retry_after: float = 0.0) -> None:
-        data = json.dumps(content, separators=(",", ":") if "error" in content else None).encode("ascii")
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if retry_after:
-            self.send_header("Retry-After", str(math.ceil(retry_after)))
-        if status == 405:
-            self.send_header("Allow", "POST, GET")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the base class finds wrong with a request, as JSON too."""
-        self.close_connection = True
-        if code == 501:  # its answer to a method it has no do_... for
-            code, message = 405, "Method not allowed"
-        self.answer(code, {"error": printable(message or http.HTTPStatus(code).phrase)})
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: only what Service logs is worth a line."""
-
-
-class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """One thread a client, at most CLIENTS_MAX of them; TLS when a certificate is set."""
-
-    allow_reuse_address = True
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
-
-    def __init__(self, settings: Settings, service: Service) -> None:
-        self.service = service
-        self.slots = threading.BoundedSemaphore(CLIENTS_MAX)
-        self.tls = load_tls(settings)
-        host, port = settings.webhook.listen
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self.slots.acquire(blocking=False):
-            super().process_request(request, client_address)
+    def write(self, order: Order, now: Now) -> list[str]:
+        """Write an order's line: a blackhole's end, or what was lost. Returns the records for the disk."""
+        before = self.desk.orders[order.prefix]
+        try:
+            self.pipe.write(order.line)
+        except OSError as error:
+            trouble = f"ERROR: cannot write to {self.pipe.path}, trying until it works: {error.strerror or error}"
+            if trouble != self.pipe_trouble:
+                self.log(trouble)
+            self.pipe_trouble = trouble
+            due = before.due if before.line == order.line else now.mono + RETRY
+            self.desk.orders[order.prefix] = before._replace(due=due, again_at=now.mono + RETRY)
+            return []
+        self.pipe_trouble = ""
+        if before.line == order.line:
+            self.log(f"SENT AGAIN {order.action} {order.prefix}: the controller does not show it")
         else:
-            self.shutdown_request(request)
+            self.log(f"AUTO-WITHDRAW {order.prefix} after {order.length}s timeout")
+        self.desk.orders[order.prefix] = order._replace(again_at=now.mono + CONFIRM)
+        return [order.record()]
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def welcome(self, connection: Connection) -> None:
+        """A new client; when there are too many, the one that has kept us waiting longest goes."""
+        if len(self.connections) >= CLIENTS_MAX:
+            idle = [one for one in self.connections if one.request is None]
+            if idle:
+                slowest = min(idle, key=lambda one: one.since)
+                self.connections.discard(slowest)
+                slowest.closing = True
+                slowest.transport.abort()
+        self.connections.add(connection)
+
+    # -- GET
+
+    def status(self) -> dict[str, Any]:
+        limits, safety = self.settings.webhook, self.settings.safety
+        routes = [
+            {
+                "prefix": prefix,
+                "announced_at": moment(route["announced_at"]),
+                "expires_at": moment(route["until"]),
+                "source": source_of(route),
+                "reason": route["reason"],
+                "neighbors": route["neighbors"],
+            }
+            for prefix, route in self.view.routes.items()
+        ]
+        return {
+            "controller": "running" if self.view.fresh(self.now()) else "away",
+            "heartbeat": moment(self.view.heartbeat or None),
+            "neighbors": {
+                address: {"state": n["state"], "since": moment(n["since"])}
+                for address, n in self.view.neighbors.items()
+            },
+            "routes": routes,
+            "limits": {
+                "max_routes": safety.max_routes,
+                "webhook_max_routes": limits.max_routes,
+                "max_announcements_per_minute": limits.max_announcements_per_minute,
+            },
+        }
+
+    def ailment(self) -> str:
+        """Why a blackhole would not reach a router now; empty when it would."""
+        if not self.view.fresh(self.now()):
+            return "The controller is away: its last heartbeat is old or missing"
+        return "" if self.view.any_up() else "No BGP session is up"
+
+    def metrics(self) -> str:
+        """Prometheus text format 0.0.4; no prefix in it."""
+        up = sum(n["state"] == "up" for n in self.view.neighbors.values())
+        routes = dict.fromkeys(("pipe", "webhook", "other"), 0)
+        for route in self.view.routes.values():
+            routes[source_of(route)] += 1
+        figures: list[tuple[str, str, str, dict[str, float]]] = [
+            ("controller_up", "gauge", "1 while its heartbeat is fresh", {"": int(self.view.fresh(self.now()))}),
+            ("heartbeat_timestamp_seconds", "gauge", "The controller's last heartbeat", {"": self.view.heartbeat}),
+            ("neighbors", "gauge", "BGP neighbors", label("state", {"up": up, "down": len(self.view.neighbors) - up})),
+            ("routes", "gauge", "Blackholes held", label("source", routes)),
+            ("route_limit", "gauge", "Blackholes that may be held", {"": self.settings.safety.max_routes}),
+            ("open_orders", "gauge", "Announces and withdraws not yet over", {"": len(self.desk.orders)}),
+            ("clients", "gauge", "Connections open", {"": len(self.connections)}),
+            ("announcements_total", "counter", "Announcements accepted, without renewals", {"": self.announced}),
+            ("auth_failures_total", "counter", "Requests with a wrong or no token", {"": self.auth_failures}),
+            ("http_answers_total", "counter", "HTTP answers", label("code", self.counts)),
+        ]
+        lines = []
+        for name, kind, meaning, samples in figures:
+            lines += [f"# HELP rtbh_{name} {meaning}", f"# TYPE rtbh_{name} {kind}"]
+            lines += [f"rtbh_{name}{labels} {value}" for labels, value in samples.items()]
+        return "\n".join([*lines, ""])
+
+    # -- life
+
+    def reload(self, config: str | None) -> None:
         try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.slots.release()
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        if self.tls is None:
-            super().finish_request(request, client_address)
+            settings, warnings = load_webhook_settings(config)
+        except SettingsError as error:
+            self.log(f"ERROR: settings not reloaded, the old ones stay: {error}")
             return
-        request.settimeout(CLIENT_TIMEOUT)
-        with self.tls.wrap_socket(request, server_side=True) as wrapped:
-            super().finish_request(wrapped, client_address)
+        settings = dataclasses.replace(settings, paths=self.settings.paths)
+        self.settings = self.desk.settings = settings
+        self.looked_at = ()  # the guards of the view are made anew
+        self.look()
+        self.log("Settings reloaded (listen, paths and TLS change at the next start)")
+        for warning in warnings:
+            self.log(f"WARNING: {warning}")
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):  # a client that went away is no news
-            self.service.log(f"ERROR: request from {client_address[0]} failed: {printable(repr(error))}")
+    async def drain(self) -> None:
+        """Let the clients that wait have their answers, for a moment."""
+        self.stopping = True
+        end = time.monotonic() + DRAIN
+        self.settle()
+        while self.waiting and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        for connection in list(self.connections):
+            connection.transport.close()
+
+
+def label(name: str, samples: Mapping[Any, float]) -> dict[str, float]:
+    return {f'{{{name}="{key}"}}': value for key, value in samples.items()}
+
+
+def source_of(route: dict[str, Any]) -> str:
+    """Where a route came from: webhook, other (exabgp.conf) or pipe, whatever its writer calls itself."""
+    return str(route["source"]) if route["source"] in ("webhook", "other") else "pipe"
+
+
+def moment(seconds: float | None) -> str | None:
+    """Seconds since the epoch as RFC 3339 in UTC; None stays None."""
+    if seconds is None:
+        return None
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+    return f"{whole}.{int(seconds % 1 * 1000):03d}Z"
+
+
+class Notify:
+    """sd_notify(3): tells systemd how we are, when it asks."""
+
+    def __init__(self) -> None:
+        self.address = os.environ.get("NOTIFY_SOCKET", "")
+        mine = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        limit = os.environ.get("WATCHDOG_USEC", "") if mine else ""
+        self.pause = int(limit) / 3e6 if limit.isdigit() else math.inf  # seconds: a third of what it allows
+        self.last = -math.inf
+
+    def __call__(self, message: str) -> None:
+        if not self.address:
+            return
+        address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+            to.setblocking(False)
+            to.sendto(message.encode(), address)
+
+    def watchdog(self, now: float) -> None:
+        if now - self.last >= self.pause:
+            self.last = now
+            self("WATCHDOG=1")
+
+
+notify = Notify()
+
+# ---------------------------------------------------------------- commands
 
 
 def load_tls(settings: Settings) -> ssl.SSLContext | None:
@@ -518,19 +1062,26 @@ def load_tls(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-# ---------------------------------------------------------------- commands
-
-
 def load_webhook_settings(path: str | None) -> tuple[Settings, list[str]]:
-    """The settings with the token read from its file. Raises SettingsError, too when no token is usable."""
+    """The settings with the token read from its file. Raises SettingsError, too when no token is usable.
+
+    Without token and token_file the systemd credential `rtbh-token` is taken, when there is one.
+    """
     settings, warnings = load_settings(path)
     webhook = settings.webhook
-    if webhook.token_file:
+    token_file = webhook.token_file
+    if not webhook.token and not token_file and os.environ.get("CREDENTIALS_DIRECTORY"):
+        credential = os.path.join(os.environ["CREDENTIALS_DIRECTORY"], "rtbh-token")
+        token_file = credential if os.path.exists(credential) else ""
+    if token_file:
         try:
-            with open(webhook.token_file, encoding="ascii") as file:
-                webhook = dataclasses.replace(webhook, token=file.read().strip())
+            with open(token_file, encoding="ascii") as file:
+                token = file.read().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError([f"[webhook] token_file: {error}"]) from None
+        if not re.fullmatch("[!-~]{1,512}", token):
+            raise SettingsError([f"[webhook] token_file: {token_file} must hold one line of printable ASCII"])
+        webhook = dataclasses.replace(webhook, token=token)
     if not webhook.token:
         raise SettingsError(["[webhook] token: no token is set; set token or token_file"])
     if webhook.token == PLACEHOLDER_TOKEN:
@@ -542,6 +1093,46 @@ def load_webhook_settings(path: str | None) -> tuple[Settings, list[str]]:
     return dataclasses.replace(settings, webhook=webhook), warnings
 
 
+async def run(settings: Settings, config: str | None, warnings: list[str], log: Logger) -> int:
+    """Serve until a signal; returns the exit code."""
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: log(f"ERROR: {printable(str(context.get('exception', context)))}"))
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    host, port = settings.webhook.listen
+    try:
+        tls = load_tls(settings)
+    except OSError as error:
+        print(f"rtbh-webhook: [webhook] tls_certificate, tls_key: {error}", file=sys.stderr)
+        return 1
+    services: list[Service] = []  # made when the address is ours: two must never write one file
+    try:
+        server = await loop.create_server(
+            lambda: Connection(services[0]), host, port, ssl=tls, backlog=512, start_serving=False,
+            ssl_handshake_timeout=REQUEST_TIMEOUT if tls else None,
+        )  # fmt: skip
+    except OSError as error:
+        print(f"rtbh-webhook: [webhook] cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    service = Service(settings, log)
+    services.append(service)
+    loop.add_signal_handler(signal.SIGHUP, service.reload, config)
+    for warning in warnings:
+        log(f"WARNING: {warning}")
+    await server.start_serving()
+    port = server.sockets[0].getsockname()[1]
+    log(f"Webhook receiver listening on port {port}")
+    print(f"Listening on {f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    notify("READY=1")
+    await stop.wait()
+    notify("STOPPING=1")
+    server.close()
+    await service.drain()
+    log("Webhook receiver stopped")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="rtbh-webhook", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -549,8 +1140,7 @@ def main() -> int:
     parser.add_argument("--config", metavar="PATH", help=f"settings (default: $RTBH_CONFIG, else {DEFAULT_CONFIG})")
     parser.add_argument("--check", action="store_true", help="validate the settings, print what is in force, exit")
     options = parser.parse_args()
-    signals = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before any thread starts: main() alone takes them
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the loop is there
     try:
         settings, warnings = load_webhook_settings(options.config)
     except SettingsError as error:
@@ -561,36 +1151,10 @@ def main() -> int:
         print("".join(f"warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)
         return 0
     log = Logger(settings.paths.webhook_log)
-    host, port = settings.webhook.listen
     try:
-        server = Server(settings, Service(settings, log))
-    except OSError as error:
-        print(f"rtbh-webhook: [webhook] cannot listen on {host}:{port}: {error}", file=sys.stderr)
-        return 1
-    port = server.server_address[1]
-    for warning in warnings:
-        log(f"WARNING: {warning}")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    log(f"Webhook receiver listening on port {port}")
-    print(f"Listening on {f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    while signal.sigwait(signals) == signal.SIGHUP:
-        reload(server.service, options.config)
-    server.shutdown()
-    log("Webhook receiver stopped")
-    log.close()
-    return 0
-
-
-def reload(service: Service, config: str | None) -> None:
-    try:
-        settings, warnings = load_webhook_settings(config)
-    except SettingsError as error:
-        service.log(f"ERROR: settings not reloaded, the old ones stay: {error}")
-        return
-    service.reload(settings)
-    service.log("Settings reloaded (listen, paths and TLS change at the next start)")
-    for warning in warnings:
-        service.log(f"WARNING: {warning}")
+        return asyncio.run(run(settings, options.config, warnings, log))
+    finally:
+        log.close()
 
 
 if __name__ == "__main__":

@@ -7,12 +7,17 @@ import contextlib
 import http.client
 import json
 import os
+import re
+import select
 import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,22 +25,64 @@ from typing import Any
 import pytest
 
 from lab import ROOT, Process, clean_environment, wait_for
+from rtbh_controller import Blackholes, Neighbor, Now, load_settings, publication
 
 RECEIVER = [sys.executable, str(ROOT / "webhook_receiver.py")]
 TOKEN = "s3cret"
 
 
+class Controller(threading.Thread):
+    """The controller's own decisions and publication, in a thread, with every BGP session as it is told."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        super().__init__(daemon=True)
+        if not receiver.pipe.exists():
+            os.mkfifo(receiver.pipe)
+        self.pipe = os.open(receiver.pipe, os.O_RDWR | os.O_NONBLOCK)
+        self.state_file = receiver.directory / "state.json"
+        self.blackholes = Blackholes(load_settings(str(receiver.config), ignore="webhook")[0])
+        self.lines: list[str] = []
+        self.reads = True
+        self.stopping = threading.Event()
+        self.sessions({"127.0.0.1": "up"})
+        self.publish()
+        self.start()
+
+    def sessions(self, states: dict[str, str]) -> None:
+        self.blackholes.neighbors = {address: Neighbor(state, 1.0, True) for address, state in states.items()}
+
+    def publish(self) -> None:
+        new = self.state_file.with_suffix(".new")
+        new.write_bytes(publication(self.blackholes, "5.0.15", Now(time.time(), time.monotonic())))
+        new.replace(self.state_file)
+
+    def run(self) -> None:
+        while not self.stopping.wait(0.05):
+            with contextlib.suppress(BlockingIOError):
+                for line in os.read(self.pipe, 1 << 20).decode().splitlines() if self.reads else []:
+                    self.lines.append(line)
+                    self.blackholes.line(line, Now(time.time(), time.monotonic()))
+                    self.blackholes.unanswered.clear()
+            self.publish()
+
+    def close(self) -> None:
+        self.stopping.set()
+        self.join()
+        os.close(self.pipe)
+
+
 class Receiver:
-    """A receiver whose pipe this test reads, or leaves unread."""
+    """A receiver, and a controller beside it or none."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config = directory / "rtbh.conf"
         self.pipe = directory / "rtbh.pipe"
         self.log = directory / "webhook.log"
-        self.reader = -1
+        self.controller: Controller | None = None
         self.port = 0
         self.process: Process | None = None
+        self.environment: dict[str, str] = {}
 
     def configure(self, webhook: str = f"token = {TOKEN}", rest: str = "", listen: str = "127.0.0.1:0") -> None:
         self.config.write_text(
@@ -45,8 +92,9 @@ class Receiver:
 
     def start(self) -> None:
         out = self.directory / "receiver.out"
+        out.unlink(missing_ok=True)
         self.process = process = Process(
-            "the receiver", [*RECEIVER, "--config", str(self.config)], out, clean_environment()
+            "the receiver", [*RECEIVER, "--config", str(self.config)], out, clean_environment(**self.environment)
         )
 
         def ready() -> str:
@@ -56,20 +104,29 @@ class Receiver:
         address = str(wait_for("the receiver", ready)).split()[0]
         self.port = int(address.rpartition(":")[2])
 
-    def open_pipe(self) -> None:
-        """Read the pipe as the controller does."""
-        if not self.pipe.exists():
-            os.mkfifo(self.pipe)
-        self.reader = os.open(self.pipe, os.O_RDWR | os.O_NONBLOCK)
+    def start_controller(self) -> Controller:
+        self.controller = Controller(self)
+        return self.controller
 
-    def close_pipe(self) -> None:
-        os.close(self.reader)
-        self.reader = -1
+    def stop_controller(self) -> None:
+        if self.controller:
+            self.controller.close()
+        self.controller = None
 
     def lines(self) -> list[str]:
-        with contextlib.suppress(BlockingIOError):
-            return os.read(self.reader, 1 << 20).decode().splitlines()
-        return []
+        """What the controller has read since the last call, when the pipe is empty."""
+        assert self.controller
+        poll = select.poll()
+        poll.register(self.controller.pipe, select.POLLIN)
+        wait_for("the pipe to be read", lambda: not poll.poll(0))
+        time.sleep(0.01)
+        found, self.controller.lines = self.controller.lines, []
+        return found
+
+    def get(self, path: str, token: str = TOKEN) -> tuple[int, Any]:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
+            connection.request("GET", path, headers={"X-Auth-Token": token})
+            return read(connection.getresponse())
 
     def post(self, body: str | bytes, token: str = TOKEN, **headers: str) -> tuple[int, Any]:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
@@ -102,13 +159,12 @@ def stopped(directory: Path) -> Iterator[Receiver]:
     yield receiver
     if receiver.process:
         receiver.process.stop()
-    if receiver.reader >= 0:
-        os.close(receiver.reader)
+    receiver.stop_controller()
 
 
 @pytest.fixture
 def receiver(stopped: Receiver) -> Receiver:
-    stopped.open_pipe()
+    stopped.start_controller()
     stopped.start()
     return stopped
 
@@ -153,6 +209,7 @@ def request(head: str, body: bytes = b"") -> bytes:
 
 
 BODY = b'{"target_ip": "192.0.2.1"}'
+GOOD_HEAD = request("POST / HTTP/1.1", b"Content-Length: 26\r\n\r\n")
 LENGTH = b"Content-Length: %d\r\n\r\n" % len(BODY)
 
 
@@ -190,8 +247,8 @@ def test_requests_as_they_come_are_answered_in_json(receiver: Receiver, data: by
 
 
 def test_a_head_has_no_body(receiver: Receiver) -> None:
-    answer = receiver.raw(request("HEAD / HTTP/1.1", b"\r\n"))
-    assert answer.startswith(b"HTTP/1.1 405 ")
+    answer = receiver.raw(request("HEAD /health HTTP/1.1", b"\r\n"))
+    assert answer.startswith(b"HTTP/1.1 200 ")
     assert answer.endswith(b"\r\n\r\n")
 
 
@@ -223,38 +280,234 @@ def test_without_a_controller_nothing_is_accepted_charged_or_scheduled(stopped: 
     assert stopped.post('{"target_ip": "192.0.2.1"}')[0] == 503
     assert stopped.pipe.read_text() == ""
     stopped.pipe.unlink()
-    stopped.open_pipe()
+    stopped.start_controller()
     assert [stopped.post(f'{{"target_ip": "192.0.2.{n}"}}')[0] for n in range(11)] == [200] * 10 + [429]
     assert len(stopped.lines()) == 10
 
 
 def test_a_full_pipe_is_a_503_and_no_line_is_cut(receiver: Receiver) -> None:
+    assert receiver.controller
+    receiver.controller.reads = False  # its heartbeat goes on
     status, count = 200, 0
     while status == 200:
         status, _ = receiver.post('{"action": "withdraw", "target_ip": "192.0.2.1"}')
         count += status == 200
     assert status == 503
-    assert receiver.lines() == ["withdraw 192.0.2.1/32"] * count
+    receiver.controller.reads = True
+    lines = receiver.lines()
+    assert len(lines) >= count
+    assert set(lines) == {"withdraw 192.0.2.1/32"}
     assert receiver.post('{"target_ip": "192.0.2.1"}')[0] == 200
 
 
-def test_a_withdrawal_that_cannot_be_written_is_tried_until_it_is(receiver: Receiver) -> None:
+def test_a_controller_that_is_stuck_is_a_503(receiver: Receiver) -> None:
+    assert receiver.controller
+    receiver.controller.stopping.set()  # the pipe is open, but nobody reads it or publishes
+    wait_for("the heartbeat to grow old", lambda: receiver.get("/health")[0] == 503)
+    for body in (BODY, b'{"action": "withdraw", "target_ip": "192.0.2.1"}', b'{"action": "withdraw-all"}'):
+        begin = time.monotonic()
+        assert receiver.post(body)[0] == 503
+        assert time.monotonic() - begin < 1
+    assert receiver.get("/status")[1]["controller"] == "away"
+
+
+def test_an_end_that_cannot_be_written_is_tried_until_it_is(receiver: Receiver) -> None:
     assert receiver.post('{"target_ip": "192.0.2.1", "withdraw_after": 1}')[0] == 200
     (line,) = receiver.lines()
     identity = line.split("id=")[1].split()[0]
-    receiver.close_pipe()
+    receiver.stop_controller()
     receiver.pipe.unlink()
-    wait_for("the complaint", lambda: receiver.logged("ERROR: cannot withdraw 192.0.2.1/32"))
-    receiver.open_pipe()
-    assert wait_for("the withdraw", receiver.lines) == [f"withdraw 192.0.2.1/32 id={identity}"]
+    wait_for("the complaint", lambda: receiver.logged("trying until it works: No such file"))
+    receiver.start_controller()
+    assert wait_for("the withdraw", receiver.lines)[0] == f"withdraw 192.0.2.1/32 id={identity}"
     wait_for("the log", lambda: receiver.logged("AUTO-WITHDRAW 192.0.2.1/32 after 1s timeout\n"))
 
 
 def test_what_a_dying_controller_has_not_read_waits_for_the_next(receiver: Receiver) -> None:
+    assert receiver.controller
+    receiver.controller.reads = False
     assert receiver.post('{"target_ip": "192.0.2.1"}')[0] == 200
-    receiver.close_pipe()
-    receiver.open_pipe()
+    receiver.stop_controller()
+    receiver.start_controller()
+    assert wait_for("the line", receiver.lines)[0].startswith("announce 192.0.2.1/32 ")
+
+
+# ---------------------------------------------------------------- life and death
+
+
+def kill(receiver: Receiver) -> None:
+    assert receiver.process
+    receiver.process.popen.kill()
+    receiver.process.popen.wait()
+
+
+def test_a_timer_survives_the_receivers_death(receiver: Receiver) -> None:
+    assert receiver.post('{"target_ip": "192.0.2.1", "withdraw_after": 2}')[0] == 200
+    assert receiver.post('{"target_ip": "192.0.2.2", "withdraw_after": 600}')[0] == 200
+    begin = time.monotonic()
+    one, _ = receiver.lines()
+    kill(receiver)
+    receiver.start()
+    (end,) = wait_for("the end", receiver.lines, 5)
+    assert 1.5 < time.monotonic() - begin < 3
+    assert end == f"withdraw 192.0.2.1/32 {one.split()[3]}"
+    assert receiver.post('{"target_ip": "192.0.2.2", "withdraw_after": 1}')[0] == 200  # a renewal: it is known
+    wait_for("its end", lambda: [line for line in receiver.lines() if line.startswith("withdraw")])
+
+
+def test_what_is_overdue_at_the_start_is_withdrawn_then(receiver: Receiver) -> None:
+    assert receiver.post('{"target_ip": "192.0.2.1", "withdraw_after": 1}')[0] == 200
+    receiver.lines()
+    kill(receiver)
+    end = time.time() + 1.1
+    wait_for("its time to pass", lambda: time.time() > end)
+    receiver.start()
+    (line,) = wait_for("the end", receiver.lines, 1)
+    assert line.startswith("withdraw 192.0.2.1/32 id=")
+    wait_for("the log", lambda: receiver.logged("AUTO-WITHDRAW 192.0.2.1/32 after 1s timeout"))
+
+
+def test_a_line_that_died_with_both_daemons_is_written_again(receiver: Receiver) -> None:
+    assert receiver.post(BODY)[0] == 200
+    (line,) = receiver.lines()
+    kill(receiver)
+    receiver.stop_controller()
+    receiver.start_controller()  # it knows nothing
+    receiver.start()
+    assert wait_for("the line", receiver.lines, 5) == [line]
+
+
+def test_a_full_disk_is_warned_about_and_stops_nothing(receiver: Receiver) -> None:
+    orders = receiver.directory / "webhook-orders"
+    kill(receiver)
+    orders.unlink()
+    orders.with_name("webhook-orders.new").symlink_to("/dev/full")
+    receiver.start()
+    status, answer = receiver.post(BODY)
+    assert (status, "disk" in answer["warning"]) == (200, True)
     assert len(receiver.lines()) == 1
+    orders.with_name("webhook-orders.new").unlink()
+    wait_for("the disk", lambda: orders.exists() and "192.0.2.1/32" in orders.read_text())
+
+
+def test_systemd_is_told(stopped: Receiver) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(stopped.directory / "notify"))
+        systemd.settimeout(10)
+        stopped.environment = {"NOTIFY_SOCKET": str(stopped.directory / "notify"), "WATCHDOG_USEC": "300000"}
+        stopped.start()
+        said = {systemd.recv(100)}
+        while len(said) < 2:
+            said.add(systemd.recv(100))
+        assert said == {b"READY=1", b"WATCHDOG=1"}
+        assert stopped.process
+        stopped.process.send(signal.SIGTERM)
+        wait_for("its word", lambda: systemd.recv(100) == b"STOPPING=1")
+
+
+# ---------------------------------------------------------------- waiting, looking
+
+
+def test_wait_answers_when_the_routers_were_told(receiver: Receiver) -> None:
+    assert receiver.controller
+    receiver.controller.sessions({"127.0.0.1": "up", "127.0.0.3": "down"})
+    status, answer = receiver.post('{"target_ip": "192.0.2.1", "wait": 5}')
+    told = {"127.0.0.1": "advertised", "127.0.0.3": "down"}
+    assert (status, answer["delivered"], answer["neighbors"]) == (200, True, told)
+    assert receiver.post('{"action": "withdraw", "target_ip": "192.0.2.1", "wait": 5}')[1]["delivered"]
+    receiver.controller.reads = False
+    begin = time.monotonic()
+    answer = receiver.post('{"target_ip": "192.0.2.1", "wait": 0.5}')[1]
+    assert 0.5 <= time.monotonic() - begin < 2
+    assert (answer["delivered"], answer["neighbors"]["127.0.0.1"]) == (False, "pending")
+    receiver.controller.reads = True
+    receiver.controller.sessions({"127.0.0.1": "down"})
+    wait_for("the news", lambda: receiver.get("/health")[0] == 503)
+    begin = time.monotonic()
+    answer = receiver.post('{"target_ip": "192.0.2.9", "wait": 5}')[1]
+    assert time.monotonic() - begin < 1
+    assert answer["delivered"] is False
+    assert "no BGP session is up" in answer["warning"]
+
+
+def test_status_health_and_metrics(receiver: Receiver) -> None:
+    assert receiver.post('{"target_ip": "192.0.2.1", "reason": "SYN flood"}')[0] == 200
+    receiver.lines()
+    wait_for("the route", lambda: receiver.get("/status")[1]["routes"])
+    status, answer = receiver.get("/status")
+    assert status == 200
+    (route,) = answer["routes"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", route["announced_at"])
+    assert route["expires_at"] > route["announced_at"]
+    assert (route["prefix"], route["source"], route["reason"]) == ("192.0.2.1/32", "webhook", "SYN flood")
+    assert route["neighbors"] == {"127.0.0.1": "advertised"}
+    assert answer["neighbors"]["127.0.0.1"] == {"state": "up", "since": "1970-01-01T00:00:01.000Z"}
+    assert receiver.get("/status", token="wrong")[0] == 403
+    assert receiver.get("/health", token="") == (200, {"status": "ok"})
+    metrics = receiver.raw(b"GET /metrics HTTP/1.0\r\n\r\n").decode().partition("\r\n\r\n")[2]
+    for line in ('rtbh_routes{source="webhook"} 1', 'rtbh_neighbors{state="up"} 1', "rtbh_auth_failures_total 1"):
+        assert f"\n{line}\n" in metrics
+    assert "192.0.2.1" not in metrics
+    if promtool := shutil.which("promtool"):
+        subprocess.run([promtool, "check", "metrics"], input=metrics, text=True, check=True, timeout=20)
+    else:
+        pytest.skip("promtool is missing: install the package prometheus")
+
+
+# ---------------------------------------------------------------- those who mean harm
+
+
+def test_five_hundred_slow_clients_leave_others_served(receiver: Receiver) -> None:
+    with contextlib.ExitStack() as stack:
+        for n in range(500):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", receiver.port), 10))
+            client.sendall(GOOD_HEAD[: n % len(GOOD_HEAD)])
+        for n in range(10):
+            assert receiver.post(f'{{"target_ip": "192.0.2.{n}"}}')[0] == 200
+
+
+@pytest.mark.slow
+def test_a_request_that_takes_too_long_is_a_408(receiver: Receiver) -> None:
+    with socket.create_connection(("127.0.0.1", receiver.port), 20) as client:
+        client.sendall(GOOD_HEAD)
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+        assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_above_the_cap_the_slowest_makes_room(receiver: Receiver) -> None:
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", receiver.port), 10)) for _ in range(720)]
+        assert receiver.post(BODY)[0] == 200
+        with contextlib.suppress(ConnectionResetError):
+            assert clients[0].recv(1) == b""
+
+
+def test_a_client_that_waits_for_100_continue_gets_it(receiver: Receiver) -> None:
+    with socket.create_connection(("127.0.0.1", receiver.port), 10) as client:
+        client.sendall(request("POST / HTTP/1.1", b"Expect: 100-continue\r\n" + LENGTH))
+        assert client.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(BODY)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_one_that_leaves_before_its_answer_harms_nobody(receiver: Receiver) -> None:
+    for cut in (10, 60, 200):
+        with socket.create_connection(("127.0.0.1", receiver.port), 10) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # RST at close
+            client.sendall(request("POST / HTTP/1.1", LENGTH + BODY)[:cut])
+    assert receiver.post(BODY)[0] == 200
+    assert not receiver.logged("ERROR")
+
+
+def test_nothing_that_is_sent_reaches_the_log_unescaped(receiver: Receiver) -> None:
+    receiver.post('{"target_ip": "192.0.2.1", "reason": "caf\\u00e9 \\ud83d\\udd25"}')
+    receiver.post('{"target_ip": "192.0.2.1\\n2026-01-01 00:00:00 WITHDRAW 192.0.2.2/32"}')
+    receiver.post(BODY, token="wrong")
+    receiver.raw(request("POST / HTTP/1.1", b"X-Evil: \x1b[31m\r\n" + LENGTH + BODY))
+    receiver.raw(request("BREW\x1b[31m / HTTP/1.1", b"\r\n"))
+    wait_for("the log", lambda: receiver.logged("AUTH FAILED"))
+    assert all(" " <= c <= "~" or c == "\n" for c in receiver.log.read_text())
+    assert not receiver.logged(TOKEN)
 
 
 def test_sighup_puts_new_settings_in_force_or_keeps_the_old(receiver: Receiver) -> None:
@@ -289,7 +542,7 @@ def test_tls(stopped: Receiver) -> None:
         capture_output=True,
     )
     stopped.configure(f"token = {TOKEN}\ntls_certificate = {certificate}\ntls_key = {key}")
-    stopped.open_pipe()
+    stopped.start_controller()
     stopped.start()
     with contextlib.suppress(ConnectionResetError):
         assert stopped.raw(b"POST / HTTP/1.1\r\n\r\n") == b""  # no TLS, no answer
@@ -331,7 +584,7 @@ def test_it_refuses_to_start_without_a_token_of_its_own(stopped: Receiver) -> No
 
 def test_on_loopback_the_placeholder_works_and_is_warned_about(stopped: Receiver) -> None:
     stopped.configure("token = your-secret-webhook-token")
-    stopped.open_pipe()
+    stopped.start_controller()
     stopped.start()
     assert stopped.post(BODY, token="your-secret-webhook-token")[0] == 200
     wait_for("the warning", lambda: stopped.logged("WARNING: [webhook] token is still the placeholder"))
@@ -340,7 +593,7 @@ def test_on_loopback_the_placeholder_works_and_is_warned_about(stopped: Receiver
 def test_a_token_from_a_file(stopped: Receiver) -> None:
     (stopped.directory / "token").write_text("from-a-file\n")
     stopped.configure(f"token_file = {stopped.directory}/token")
-    stopped.open_pipe()
+    stopped.start_controller()
     stopped.start()
     assert stopped.post(BODY, token="from-a-file")[0] == 200
 

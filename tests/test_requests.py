@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtbh_controller import Now, Settings, parse_line, parse_prefix, parse_settings, printable
-from webhook_receiver import Decision, Desk, Rejected, Request, parse_body
+from webhook_receiver import Decision, Desk, Rejected, Request, RequestReader, View, parse_body, read_orders
 
 NOW = Now(1_800_000_000.0, 1000.0)
 
@@ -30,8 +30,8 @@ def settings(text: str = "") -> Settings:
             Request("announce", parse_prefix("192.0.2.100"), 60),
         ),
         (
-            '{"target_ip": "2001:db8::1", "withdraw_after": 60.0, "dry_run": true, "reason": "SYN flood"}',
-            Request("announce", parse_prefix("2001:db8::1"), 60, True, "SYN flood"),
+            '{"target_ip": "2001:db8::1", "withdraw_after": 60.0, "dry_run": true, "wait": 2.5, "reason": "SYN flood"}',
+            Request("announce", parse_prefix("2001:db8::1"), 60, True, 2.5, "SYN flood"),
         ),
         ('{"action": "withdraw", "target_ip": "192.0.2.1/32"}', Request("withdraw", parse_prefix("192.0.2.1"))),
         ('{"action": "withdraw-all"}', Request("withdraw-all", None)),
@@ -114,7 +114,7 @@ fields = st.fixed_dictionaries(
 def test_whatever_is_posted_only_canonical_commands_reach_the_pipe(content: Any) -> None:
     desk = Desk(settings())
     try:
-        decision = desk.decide(parse_body(json.dumps(content).encode()), "ab12", NOW)
+        decision = desk.decide(parse_body(json.dumps(content).encode()), "ab12", view(settings()), NOW)
     except Rejected as rejected:
         assert 400 <= rejected.status < 500
         return
@@ -134,42 +134,62 @@ def test_any_bytes_are_a_request_or_a_400(body: bytes) -> None:
         assert rejected.status == 400
 
 
-def announce(desk: Desk, target: str, now: Now, length: int | None = None) -> Decision:
-    request = Request("announce", parse_prefix(target), length)
-    decision = desk.decide(request, "id1", now)
-    desk.commit(decision, request, now)
-    return decision
+UP = {"127.0.0.1": {"state": "up", "since": 1.0}}
 
 
-def rejection(desk: Desk, target: str, now: Now, length: int | None = None) -> Rejected:
-    before = (list(desk.accepted), dict(desk.timers))
-    with pytest.raises(Rejected) as rejected:
-        announce(desk, target, now, length)
-    assert (list(desk.accepted), dict(desk.timers)) == before
-    return rejected.value
+def view(of: Settings, *routes: dict[str, Any], after: float = 0.0, refused: tuple[str, ...] = ()) -> View:
+    """A published state with one session up."""
+    state = {"heartbeat": NOW.wall + after, "neighbors": UP, "routes": list(routes), "refused_ids": list(refused)}
+    return View(of, state | {"routers": ["192.0.2.254"]})
+
+
+def route(identity: str, until: float | None = 1.0, announced_at: float = NOW.wall, **more: Any) -> dict[str, Any]:
+    held: dict[str, Any] = {"prefix": "192.0.2.1/32", "id": identity, "until": until, "source": "webhook", "reason": ""}
+    held |= {"announced_at": announced_at, "attributes": {"": "x"}, "neighbors": {"127.0.0.1": "advertised"}}
+    return held | more
+
+
+class Office(Desk):
+    """A desk beside a controller that lives and shows all that it was told."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(settings(text))
+        self.view = view(self.settings)
+
+    def announce(self, target: str, now: Now, length: int | None = None) -> Decision:
+        request = Request("announce", parse_prefix(target), length)
+        self.view.heartbeat = now.wall
+        decision = self.decide(request, "id1", self.view, now)
+        self.commit(decision, self.view, now)
+        return decision
+
+    def rejection(self, target: str, now: Now, length: int | None = None) -> Rejected:
+        before = (list(self.accepted), dict(self.orders))
+        with pytest.raises(Rejected) as rejected:
+            self.announce(target, now, length)
+        assert (list(self.accepted), dict(self.orders)) == before
+        return rejected.value
 
 
 def test_an_announcement_and_its_end() -> None:
-    desk = Desk(settings())
-    decision = announce(desk, "192.0.2.1", NOW, 60)
+    desk = Office()
+    decision = desk.announce("192.0.2.1", NOW, 60)
     assert decision.line == "announce 192.0.2.1/32 until=1800000060.000 id=id1 source=webhook"
     assert decision.answer == {"status": "ok", "prefix": "192.0.2.1/32", "withdraw_after": 60}
     assert decision.log == "WEBHOOK ANNOUNCE 192.0.2.1/32 (auto-withdraw in 60s)"
-    timer = desk.next_timer()
-    assert timer is not None
-    assert (timer.prefix, timer.due) == ("192.0.2.1/32", NOW.mono + 60)
+    assert desk.next_due() == NOW.mono + 60
+    assert desk.overdue(desk.view, Now(NOW.wall, NOW.mono + 59.9)) == []
+    (end,) = desk.overdue(desk.view, Now(NOW.wall - 86400, NOW.mono + 60))  # whatever the wall clock says
+    assert (end.action, end.line, end.length) == ("withdraw", "withdraw 192.0.2.1/32 id=id1", 60)
 
 
 def test_a_newer_announcement_replaces_the_timer_and_a_withdraw_cancels_it() -> None:
-    desk = Desk(settings())
-    announce(desk, "192.0.2.1", NOW, 60)
-    announce(desk, "192.0.2.1", NOW, 600)
-    timer = desk.next_timer()
-    assert timer is not None
-    assert timer.due == NOW.mono + 600
-    request = Request("withdraw", parse_prefix("192.0.2.1"))
-    desk.commit(desk.decide(request, "x", NOW), request, NOW)
-    assert desk.next_timer() is None
+    desk = Office()
+    desk.announce("192.0.2.1", NOW, 60)
+    desk.announce("192.0.2.1", NOW, 600)
+    assert desk.next_due() == NOW.mono + 600
+    desk.commit(desk.decide(Request("withdraw", parse_prefix("192.0.2.1")), "x", desk.view, NOW), desk.view, NOW)
+    assert desk.next_due() == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -178,97 +198,208 @@ def test_a_newer_announcement_replaces_the_timer_and_a_withdraw_cancels_it() -> 
         ("198.51.100.7", 403, "IP is whitelisted"),
         ("198.51.0.0/16", 403, "IP is whitelisted"),
         ("203.0.113.10", 403, "IP is whitelisted"),
-        ("192.0.2.0/24", 403, "Prefix too short"),
+        ("192.0.2.254", 403, "IP is whitelisted"),  # a router
+        ("192.0.2.0/28", 403, "Prefix too short"),
         ("0.0.0.0/0", 403, "Prefix too short"),
         ("::/0", 403, "Prefix too short"),
+        ("2001:db8::1", 409, "No IPv6 next hop is set: see next_hop_ipv6 in [bgp]"),
+        ("192.0.2.66", 409, "Announced by exabgp.conf already"),
     ],
 )
 def test_guards_refuse_an_announce_and_never_a_withdraw(target: str, status: int, error: str) -> None:
-    desk = Desk(settings())
-    rejected = rejection(desk, target, NOW)
+    desk = Office()
+    desk.view = view(desk.settings, route("", None, prefix="192.0.2.66/32", source="other"))
+    rejected = desk.rejection(target, NOW)
     assert (rejected.status, rejected.error) == (status, error)
-    desk.decide(Request("withdraw", parse_prefix(target)), "x", NOW)
+    desk.decide(Request("withdraw", parse_prefix(target)), "x", desk.view, NOW)
 
 
 def test_only_own_prefixes_when_they_are_listed() -> None:
-    desk = Desk(settings("[safety]\nallowed = 192.0.2.0/24"))
-    assert rejection(desk, "10.0.0.1", NOW).error == "Not in allowed prefixes"
-    announce(desk, "192.0.2.1", NOW)
+    desk = Office("[safety]\nallowed = 192.0.2.0/24")
+    assert desk.rejection("10.0.0.1", NOW).error == "Not in allowed prefixes"
+    desk.announce("192.0.2.1", NOW)
 
 
 @pytest.mark.parametrize("length", [0, -1, 604801, 10**30])
 def test_an_end_out_of_range_is_refused(length: int) -> None:
-    assert "withdraw_after" in rejection(Desk(settings()), "192.0.2.1", NOW, length).error
+    assert "withdraw_after" in Office().rejection("192.0.2.1", NOW, length).error
 
 
 def test_ten_announcements_in_any_minute_renewals_not_counted() -> None:
-    desk = Desk(settings())
+    desk = Office()
     for n in range(10):
-        announce(desk, f"192.0.2.{n}", Now(NOW.wall, NOW.mono + n))
-        announce(desk, "192.0.2.0", Now(NOW.wall, NOW.mono + n))
-    refused = rejection(desk, "192.0.2.99", Now(NOW.wall, NOW.mono + 59.5))
+        desk.announce(f"192.0.2.{n}", Now(NOW.wall, NOW.mono + n))
+        desk.announce("192.0.2.0", Now(NOW.wall, NOW.mono + n))
+    refused = desk.rejection("192.0.2.99", Now(NOW.wall, NOW.mono + 59.5))
     assert (refused.status, refused.error) == (429, "Rate limit exceeded")
     assert refused.retry_after == pytest.approx(0.5)
-    announce(desk, "192.0.2.99", Now(NOW.wall - 86400, NOW.mono + 60))  # whatever the wall clock does
-    assert rejection(desk, "192.0.2.98", Now(NOW.wall, NOW.mono + 60)).status == 429
+    desk.announce("192.0.2.99", Now(NOW.wall - 86400, NOW.mono + 60))  # whatever the wall clock does
+    assert desk.rejection("192.0.2.98", Now(NOW.wall, NOW.mono + 60)).status == 429
 
 
 @given(st.lists(st.floats(0, 40), max_size=80))
 def test_no_sixty_seconds_hold_more_than_ten(pauses: list[float]) -> None:
-    desk = Desk(settings("[webhook]\nmax_routes = 1000\n[safety]\nmax_routes = 1000"))
+    desk = Office("[webhook]\nmax_routes = 1000\n[safety]\nmax_routes = 1000")
     accepted: list[float] = []
     at = NOW.mono
     for n, pause in enumerate(pauses):
         at += pause
         recent = [t for t in accepted if t > at - 60]
         try:
-            announce(desk, f"10.0.0.{n}", Now(NOW.wall, at), 604800)
+            desk.announce(f"10.0.0.{n}", Now(NOW.wall, at), 604800)
             accepted.append(at)
             assert len(recent) < 10
         except Rejected:
             assert len(recent) == 10
 
 
-def state(after: float, *routes: dict[str, Any], refused: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {"heartbeat": NOW.wall + after, "routes": list(routes), "refused_ids": list(refused)}
+def test_limits_of_routes_count_what_is_published_and_what_is_on_its_way() -> None:
+    desk = Office("[webhook]\nmax_routes = 2\n[safety]\nmax_routes = 4")
+    desk.view = view(desk.settings, route("x", prefix="10.0.0.1/32", source="pipe"))
+    desk.announce("192.0.2.1", NOW)
+    desk.announce("192.0.2.2", NOW)
+    refused = desk.rejection("192.0.2.3", NOW)
+    assert (refused.status, refused.error) == (409, "Route limit reached")
+    assert "2 routes of this receiver" in refused.log
+    desk.announce("192.0.2.2", NOW)  # a renewal
+    others = [route("x", prefix=f"10.0.0.{n}/32", source="pipe") for n in range(4)]
+    desk = Office("[webhook]\nmax_routes = 2\n[safety]\nmax_routes = 4")
+    desk.view = view(desk.settings, *others)
+    assert "4 routes are held" in desk.rejection("192.0.2.3", NOW).log
 
 
-def route(identity: str, until: float | None = 1.0, announced_at: float = NOW.wall) -> dict[str, Any]:
-    held = {"prefix": "192.0.2.1/32", "id": identity, "until": until, "source": "webhook"}
-    return held | {"announced_at": announced_at}
+def test_a_controller_without_a_heartbeat_is_a_503_for_all_but_what_is_refused_anyway() -> None:
+    desk = Desk(settings())
+    stale = view(desk.settings, after=-3.1)
+    for action in ("announce", "withdraw"):
+        with pytest.raises(Rejected) as rejected:
+            desk.decide(Request(action, parse_prefix("192.0.2.1")), "x", stale, NOW)
+        assert (rejected.value.status, rejected.value.retry_after) == (503, 1.0)
+    with pytest.raises(Rejected) as rejected:
+        desk.decide(Request("announce", parse_prefix("198.51.100.1")), "x", stale, NOW)
+    assert rejected.value.status == 403
+
+
+def test_warnings() -> None:
+    desk = Office()
+    desk.view = view(desk.settings, route("", None, source="pipe"))
+    assert "pinned" in desk.announce("192.0.2.1", NOW).answer["warning"]
+    desk.view.neighbors = {"127.0.0.1": {"state": "down", "since": 1.0}}
+    assert "no BGP session is up" in desk.announce("192.0.2.2", NOW).answer["warning"]
+
+
+# ---------------------------------------------------------------- orders, until they are done
+
+LATER = Now(NOW.wall + 2, NOW.mono + 2)
 
 
 @pytest.mark.parametrize(
-    ("action", "published", "again"),
+    ("action", "after", "routes", "refused", "again", "open_"),
     [
-        ("announce", {}, False),  # the controller is away: nothing is known
-        ("announce", state(-9), False),
-        ("announce", state(0.1), False),  # published before it can have been read
-        ("announce", state(2), True),
-        ("announce", state(2, route("id1")), False),
-        ("announce", state(2, route("older", 1.0, NOW.wall - 1)), True),
-        ("announce", state(2, route("newer", 1.0, NOW.wall + 1)), False),  # another receiver's, since
-        ("announce", state(2, route("", None)), False),  # pinned by an operator
-        ("announce", state(2, refused=("id1",)), False),
-        ("withdraw", state(2), False),
-        ("withdraw", state(2, route("id1")), True),
-        ("withdraw", state(2, route("", None, NOW.wall + 1)), False),  # announced again since
+        ("announce", -9, [], (), False, True),  # the controller is away: nothing is known
+        ("announce", 0.1, [], (), False, True),  # published before it can have been read
+        ("announce", 2, [], (), True, True),
+        ("announce", 2, [route("id1")], (), False, True),  # its end is still to come
+        ("announce", 2, [route("older", 1.0, NOW.wall - 1)], (), True, True),
+        ("announce", 2, [route("newer", 1.0, NOW.wall + 1)], (), False, False),  # another receiver's, since
+        ("announce", 2, [route("", None)], (), False, False),  # pinned by an operator
+        ("announce", 2, [], ("id1",), False, False),
+        ("withdraw", 2, [], (), False, False),
+        ("withdraw", 2, [route("id1")], (), True, True),
+        ("withdraw", 2, [route("", None, NOW.wall + 1)], (), False, False),  # announced again since
     ],
 )
-def test_a_line_is_written_again_until_the_state_shows_it(action: str, published: dict[str, Any], again: bool) -> None:
-    desk = Desk(settings())
-    asked = Request(action, parse_prefix("192.0.2.1"))
-    desk.commit(desk.decide(asked, "id1", NOW), asked, NOW)
-    later = Now(NOW.wall + 2, NOW.mono + 2)
-    assert len(desk.unconfirmed(published, later)) == again
-    seen = bool(published) and published["heartbeat"] > NOW.wall + 1
-    assert ("192.0.2.1/32" in desk.sent) == (again or not seen)
+def test_a_line_is_written_again_until_the_state_shows_it(
+    action: str, after: float, routes: list[dict[str, Any]], refused: tuple[str, ...], again: bool, open_: bool
+) -> None:
+    desk = Office()
+    decision = desk.decide(Request(action, parse_prefix("192.0.2.1")), "id1", desk.view, NOW)
+    desk.commit(decision, desk.view, NOW)
+    seen = view(desk.settings, *routes, after=after, refused=refused)
+    desk.review(seen, LATER)
+    assert len(desk.overdue(seen, LATER)) == again
+    assert ("192.0.2.1/32" in desk.orders) == open_
 
 
-def test_a_limit_of_routes() -> None:
-    desk = Desk(settings("[webhook]\nmax_routes = 2"))
-    announce(desk, "192.0.2.1", NOW)
-    announce(desk, "192.0.2.2", NOW)
-    refused = rejection(desk, "192.0.2.3", NOW)
-    assert (refused.status, refused.error) == (409, "Route limit reached")
-    announce(desk, "192.0.2.2", NOW)
+def test_a_timer_is_over_when_its_route_has_gone_or_is_another_ones() -> None:
+    for routes in ((), (route("", None),), (route("other", 9e9, NOW.wall + 1),)):
+        desk = Office()
+        desk.announce("192.0.2.1", NOW, 60)
+        desk.review(view(desk.settings, route("id1"), after=1), LATER)
+        assert desk.orders["192.0.2.1/32"].shown
+        records, _ = desk.review(view(desk.settings, *routes, after=2), LATER)
+        assert records == ['{"over": "192.0.2.1/32"}']
+        assert desk.next_due() == float("inf")
+
+
+def test_an_end_is_pursued_until_the_route_has_gone() -> None:
+    desk = Office()
+    desk.announce("192.0.2.1", NOW, 1)
+    (end,) = desk.overdue(desk.view, LATER)
+    desk.orders[end.prefix] = end
+    still = view(desk.settings, route("id1"), after=3.5)
+    at = Now(NOW.wall + 4, NOW.mono + 4)
+    assert desk.review(still, at) == ([], [])
+    assert [order.line for order in desk.overdue(still, at)] == ["withdraw 192.0.2.1/32 id=id1"]
+    desk.review(view(desk.settings, after=3.5), at)
+    assert desk.orders == {}
+
+
+def test_a_clock_that_was_set_back_holds_nothing_up() -> None:
+    desk = Office()
+    desk.announce("192.0.2.1", NOW)
+    back = Now(NOW.wall - 3600, NOW.mono + 2)
+    seen = view(desk.settings, after=-3600)
+    desk.review(seen, back)
+    assert len(desk.overdue(seen, back)) == 1
+
+
+@given(st.integers(0, 999_999), st.integers(-(10**6), 10**6), st.integers(0, 400), st.booleans())
+def test_orders_come_back_from_disk_and_last_no_longer_than_they_were_to(
+    length: int, step: int, cut: int, ended: bool
+) -> None:
+    desk = Office("[webhook]\nmax_withdraw_after = 1000000")
+    records = []
+    for n in (1, 2):
+        request = Request("announce", parse_prefix(f"192.0.2.{n}"), length + 1)
+        records += desk.commit(desk.decide(request, f"id{n}", desk.view, NOW), desk.view, NOW)
+    records += ['{"over": "192.0.2.1/32"}'] if ended else []
+    text = "".join(f"{record}\n" for record in records)
+    now = Now(NOW.wall + step, 5.0)
+    orders = read_orders(text, now)
+    assert orders.keys() == {"192.0.2.2/32"} | (set() if ended else {"192.0.2.1/32"})
+    for order in orders.values():
+        assert order.due - now.mono == pytest.approx(min(length + 1 - step, length + 1), abs=0.01)
+    assert read_orders("".join(order.record() + "\n" for order in orders.values()), now) == orders
+    torn = read_orders(text[:cut], now)
+    assert torn.keys() <= {"192.0.2.1/32", "192.0.2.2/32"}
+
+
+# ---------------------------------------------------------------- HTTP
+
+GOOD = b"POST / HTTP/1.1\r\nHost: x\r\nX-Auth-Token: t\r\nContent-Length: 2\r\n\r\n{}"
+
+
+@given(st.lists(st.integers(1, 60), max_size=12))
+def test_requests_are_the_same_however_the_bytes_arrive(cuts: list[int]) -> None:
+    data = GOOD + b"\r\n" + GOOD.replace(b"\r\n", b"\n") + b"GET /health HTTP/1.0\r\n\r\n"
+    reader, found, at = RequestReader(), [], 0
+    for cut in [*cuts, len(data)]:
+        reader.feed(data[at : at + cut])
+        at += cut
+        while request := reader.next():
+            found.append((request.method, request.path, request.body, request.keep_alive))
+    assert found == [("POST", "/", b"{}", True)] * 2 + [("GET", "/health", b"", False)]
+    assert not reader.buffer
+
+
+@given(st.binary(max_size=300), st.integers(0, 99))
+def test_any_bytes_are_a_request_or_an_error(noise: bytes, at: int) -> None:
+    for data in (noise, GOOD[:at] + noise + GOOD[at:]):
+        reader = RequestReader()
+        reader.feed(data)
+        try:
+            for _ in range(10):
+                reader.next()
+        except Rejected as rejected:
+            assert 400 <= rejected.status < 506
