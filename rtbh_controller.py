@@ -50,6 +50,7 @@ LINE_MAX = 4096  # bytes; a write of at most PIPE_BUF is atomic (POSIX), so a lo
 PIPE_SIZE = 64 * 1024  # bytes that a pipe holds
 READ_SIZE = 8 * 1024  # bytes read at once, a part of a burst: while ExaBGP works on it the next is read
 BACKSTOP_GRACE = 10.0  # seconds after a route's end in which its receiver may withdraw it itself
+REMEMBER = 60.0  # seconds for which the published state names the ids that were refused or have ended
 HEARTBEAT = 1.0  # seconds between two publications of an unchanged state
 PUBLISH_PAUSE = 0.006  # seconds from a change to its publication: by then ExaBGP has sent the UPDATE
 
@@ -482,7 +483,7 @@ def parse_line(line: str) -> Command | None:
         until = read_until(extra["until"]) if "until" in extra else None
     except ValueError as error:
         raise invalid(line, str(error)) from None
-    said = {key: printable(urllib.parse.unquote(extra[key])) for key in ("id", "source", "reason") if key in extra}
+    said = {key: read_word(extra[key]) for key in ("id", "source", "reason") if key in extra}
     return Command(action, prefix, until, **said)
 
 
@@ -491,9 +492,15 @@ def invalid(line: str, why: str) -> ValueError:
 
 
 def read_until(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,11}(\.[0-9]{1,9})?", text):  # a cut or garbled end must not become no end
+    seconds, _, fraction = text.partition(".")  # a cut or garbled end must not become no end
+    if not (seconds + fraction).isdecimal() or not text.isascii() or len(seconds) > 11 or text.endswith("."):
         raise ValueError("until: seconds since the epoch are needed")
     return float(text)
+
+
+def read_word(value: str) -> str:
+    """A percent-encoded value, fit for a log line."""
+    return value if value.isalnum() and value.isascii() else printable(urllib.parse.unquote(value))
 
 
 class LineReader:
@@ -638,7 +645,8 @@ class Blackholes:
         self.routers: set[Prefix] = set()  # the neighbors' addresses and ExaBGP's own: never blackholed
         self.unanswered: dict[str, int] = {}  # prefix: commands without an answer
         self.refused: set[str] = set()  # prefixes whose last announce ExaBGP refused
-        self.refused_ids: deque[str] = deque(maxlen=200)  # of the last announces that a guard refused
+        self.refused_ids: deque[tuple[float, str]] = deque()  # of announces that a guard refused lately
+        self.ended_ids: deque[tuple[float, str]] = deque()  # of blackholes that ended lately
         self.audit_wanted, self.auditing = True, False
         self.introduced = False  # an answer about the neighbors has come: each can be given its own attributes
         self.touched: set[str] = set()  # prefixes changed since the audit in progress was asked for
@@ -681,7 +689,7 @@ class Blackholes:
         if refusal is None and command.until is not None and command.until <= now.wall:
             refusal = Refusal("until", "its end has passed")
         if refusal:
-            self.refused_ids.append(command.id)
+            self.refused_ids.append((now.mono, command.id))
             self.note(now, f"REFUSED {prefix}: {refusal.guard}: {refusal.why}")
             return
         if held and held.until is None and command.until is not None:
@@ -723,6 +731,7 @@ class Blackholes:
         attributes = held.attributes if held else self.gone.get(prefix) or self.new_attributes[network.version]
         if held:
             self.release(prefix)
+            self.ended_ids.append((now.mono, held.id))
         self.note(now, f"WITHDRAW {prefix}")
         self.tell("withdraw", prefix, attributes)
 
@@ -733,6 +742,9 @@ class Blackholes:
 
     def expire(self, now: Now) -> None:
         """Withdraw what should long have been withdrawn: the backstop for a receiver that is gone."""
+        for ids in (self.refused_ids, self.ended_ids):
+            while ids and ids[0][0] < now.mono - REMEMBER:
+                ids.popleft()
         for prefix, route in list(self.routes.items()):
             if route.deadline is not None and now.mono >= route.deadline + BACKSTOP_GRACE:
                 self.note(now, f"OVERDUE {prefix}: its end passed, nobody withdrew it")
@@ -868,6 +880,7 @@ class Blackholes:
     def repair(self, table: dict[str, dict[str, str]], now: Now) -> None:
         """Compare adj-RIB-out with what is held and mend the difference, but for what changed meanwhile."""
         missing: dict[str, list[str]] = {}
+        self.refused &= self.touched  # what it refused is seen now: it is there, or announced again below
         for address in self.neighbors:
             has = table.get(address, {})
             for prefix, route in self.routes.items():
@@ -1067,7 +1080,9 @@ def publication(blackholes: Blackholes, version: str, now: Now) -> bytearray:
     neighbors = {address: {"state": n.state, "since": n.since} for address, n in blackholes.neighbors.items()}
     head = json.dumps(
         {"heartbeat": now.wall, "pid": os.getpid(), "exabgp": version, "neighbors": neighbors}
-        | {"refused_ids": list(blackholes.refused_ids), "recent": list(blackholes.recent)}
+        | {"refused_ids": [identity for _, identity in blackholes.refused_ids if identity]}
+        | {"ended_ids": [identity for _, identity in blackholes.ended_ids if identity]}
+        | {"recent": list(blackholes.recent)}
         | {"routers": [router.address for router in blackholes.routers]}
         | {"limits": {"max_routes": blackholes.settings.safety.max_routes}}
     )
@@ -1387,7 +1402,7 @@ class JournalFile:
         while self.wanted.wait():
             self.wanted.clear()
             request = self.request
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # it may be closed under us, for a new one
                 os.fdatasync(self.descriptor)
             self.on_durable(request)
 
@@ -1483,7 +1498,7 @@ class Loop:
         self.started = False
         # monotonic times: last publication, last answer, last bytes in the pipe, last look at the pipe's path
         self.published_at = self.answered_at = self.pipe_at = self.looked_at = self.expired_at = 0.0
-        self.follow_up_at = 0.0
+        self.follow_up_at = self.silent_since = 0.0  # silent_since: ExaBGP has left something unanswered
 
     def run(self) -> int:
         """Serve until a signal or the end of ExaBGP; returns the exit code."""
@@ -1565,8 +1580,10 @@ class Loop:
             torn = self.lines.give_up()
             if torn:
                 self.blackholes.line(torn, now)
-        if now.mono - self.answered_at >= Dialogue.SILENCE:
-            self.answered_at = now.mono
+        if not self.dialogue.unanswered:
+            self.silent_since = now.mono
+        if now.mono - max(self.answered_at, self.silent_since) >= Dialogue.SILENCE:
+            self.silent_since = now.mono
             message, left = self.dialogue.silent()
             if message:
                 self.blackholes.note(now, message)

@@ -36,7 +36,6 @@ import stat
 import sys
 import time
 import urllib.parse
-import uuid
 from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -103,7 +102,7 @@ class Request:
 def parse_body(body: bytes) -> Request:
     """Read a request. Raises Rejected (400) naming the field that is wrong."""
     try:
-        data = json.loads(body.decode("utf-8"), object_pairs_hook=unique_keys)
+        data = DECODER.decode(body.decode("utf-8"))
     except UnicodeDecodeError:
         raise Rejected(400, "body: not UTF-8") from None
     except RecursionError:
@@ -136,6 +135,9 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key stands twice")
     return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def read_target(data: dict[str, Any]) -> Prefix:
@@ -171,6 +173,7 @@ class View:
         self.neighbors: dict[str, dict[str, Any]] = state.get("neighbors", {})
         self.routes: dict[str, dict[str, Any]] = {route["prefix"]: route for route in state.get("routes", [])}
         self.refused_ids = set(state.get("refused_ids", []))
+        self.ended_ids = set(state.get("ended_ids", []))
         self.exabgp = str(state.get("exabgp", ""))
         self.mirror = mirror = Blackholes(settings)
         mirror.routers = {parse_prefix(address) for address in state.get("routers", [])}
@@ -257,13 +260,14 @@ def read_orders(text: str, now: Now) -> dict[str, Order]:
 
 
 class Decision(NamedTuple):
-    """What a request leads to: the line for the pipe, what becomes of the orders, the answer and the log message."""
+    """What a request leads to: the line for the pipe, the answer, and the log message; `length` in seconds."""
 
     line: str
-    orders: list[Order]
-    charged: bool
     answer: dict[str, Any]
     log: str
+    id: str = ""
+    length: int = 0
+    charged: bool = False
 
 
 class Desk:
@@ -277,17 +281,14 @@ class Desk:
     def decide(self, request: Request, identity: str, view: View, now: Now) -> Decision:
         """What to do about a request; nothing is changed yet. Raises Rejected."""
         because = f": {printable(request.reason, 800)}" if request.reason else ""
-        if not request.dry_run and not view.fresh(now) and request.action != "announce":
+        if request.action != "announce" and not request.dry_run and not view.fresh(now):
             raise controller_away("no heartbeat in the published state")
         if request.prefix is None:
-            held = {**dict.fromkeys(view.mirror.routes), **self.orders}
-            ends = [self.order(prefix, "withdraw", "", f"withdraw {prefix}", now) for prefix in held]
-            return Decision("withdraw-all", ends, False, {"status": "ok"}, f"WEBHOOK WITHDRAW-ALL{because}")
+            return Decision("withdraw-all", {"status": "ok"}, f"WEBHOOK WITHDRAW-ALL{because}")
         prefix = request.prefix.text
         answer: dict[str, Any] = {"status": "ok", "prefix": prefix}
         if request.action == "withdraw":
-            order = self.order(prefix, "withdraw", "", f"withdraw {prefix}", now)
-            return Decision(order.line, [order], False, answer, f"WEBHOOK WITHDRAW {prefix}{because}")
+            return Decision(f"withdraw {prefix}", answer, f"WEBHOOK WITHDRAW {prefix}{because}")
         limits = self.settings.webhook
         length = limits.withdraw_after if request.withdraw_after is None else request.withdraw_after
         if not 1 <= length <= limits.max_withdraw_after:
@@ -298,13 +299,10 @@ class Desk:
             self.check_rate(prefix, now)
         line = f"announce {prefix} until={now.wall + length:.3f} id={identity} source=webhook"
         line += f" reason={urllib.parse.quote(request.reason, safe='')}" if request.reason else ""
-        order = self.order(prefix, "announce", identity, line, now)
-        order = order._replace(length=length, until=now.wall + length, due=now.mono + length)
         answer["withdraw_after"] = length
         answer |= view.warning(prefix)
-        return Decision(
-            line, [order], charged, answer, f"WEBHOOK ANNOUNCE {prefix} (auto-withdraw in {length}s){because}"
-        )
+        log = f"WEBHOOK ANNOUNCE {prefix} (auto-withdraw in {length}s){because}"
+        return Decision(line, answer, log, identity, length, charged)
 
     def order(self, prefix: str, action: str, identity: str, line: str, now: Now) -> Order:
         return Order(prefix, action, identity, line, now.wall, again_at=now.mono + CONFIRM)
@@ -317,10 +315,12 @@ class Desk:
     def check_guards(self, prefix: Prefix, new: bool, view: View, now: Now) -> None:
         """The controller's own guards, so that nothing is accepted here that it refuses. Raises Rejected."""
         shown = prefix.address if prefix.host else prefix.text
-        refusal = check_prefix(prefix, self.settings.safety, view.mirror.routers)
-        if refusal is None and not view.fresh(now):
-            raise controller_away("no heartbeat in the published state")
-        refusal = refusal or view.mirror.refusal(prefix, not new)
+        if view.fresh(now):
+            refusal = view.mirror.refusal(prefix, not new)
+        else:
+            refusal = check_prefix(prefix, self.settings.safety, view.mirror.routers)
+            if refusal is None:
+                raise controller_away("no heartbeat in the published state")
         if refusal is None and new and len(view.ours) >= self.settings.webhook.max_routes:
             refusal = Refusal("max_routes", f"{len(view.ours)} routes of this receiver are held")
         if refusal is None:
@@ -337,15 +337,23 @@ class Desk:
             wait = self.accepted[-limit] + WINDOW - now.mono if limit else WINDOW
             raise Rejected(429, "Rate limit exceeded", f"RATE LIMITED announcement for {prefix}", wait)
 
-    def commit(self, decision: Decision, view: View, now: Now) -> list[str]:
-        """Record what a decision changes, once its line is in the pipe; returns the records for the disk."""
-        for order in decision.orders:
-            self.orders[order.prefix] = order
-            if order.action == "announce":
+    def commit(self, decision: Decision, request: Request, view: View, now: Now) -> list[Order]:
+        """Record what a decision changes, once its line is in the pipe; returns the orders, which are to be kept."""
+        if request.prefix is None:
+            held = {**dict.fromkeys(view.mirror.routes), **self.orders}
+            orders = [self.order(prefix, "withdraw", "", f"withdraw {prefix}", now) for prefix in held]
+        else:
+            order = self.order(request.prefix.text, request.action, decision.id, decision.line, now)
+            if request.action == "announce":
+                length = decision.length
+                order = order._replace(length=length, until=now.wall + length, due=now.mono + length)
                 view.expect(order)
+            orders = [order]
+        for order in orders:
+            self.orders[order.prefix] = order
         if decision.charged:
             self.accepted.append(now.mono)
-        return [order.record() for order in decision.orders]
+        return orders
 
     # -- orders, until they are done
 
@@ -355,13 +363,11 @@ class Desk:
         for prefix, order in list(self.orders.items()):
             if order.sent_at > now.wall:  # the clock was set back
                 order = self.orders[prefix] = order._replace(sent_at=now.wall - 0.2)
-            if not self.seen(order, view, now):
-                continue
-            fate = fate_of(order, view.routes.get(prefix), view.refused_ids)
+            fate = fate_of(order, view.routes.get(prefix), view) if view.fresh(now) else "open"
             if fate == "shown" and not order.shown:
                 self.orders[prefix] = order._replace(shown=True)
                 records.append(self.orders[prefix].record())
-            elif fate not in ("shown", "open"):
+            elif fate not in ("shown", "open") and self.seen(order, view, now):
                 del self.orders[prefix]
                 records.append(json.dumps({"over": prefix}))
                 if fate == "refused":
@@ -401,13 +407,13 @@ def controller_away(why: str) -> Rejected:
     return Rejected(503, "The controller cannot take commands now", f"ERROR: controller away: {why}", RETRY)
 
 
-def fate_of(order: Order, route: dict[str, Any] | None, refused: set[str]) -> str:
+def fate_of(order: Order, route: dict[str, Any] | None, view: View) -> str:
     """What a published state says of an order: shown, open, done, refused or overtaken by another's command."""
     if order.action == "announce":
-        if order.id in refused:
+        if order.id in view.refused_ids:
             return "refused"
-        if route is None:
-            return "done" if order.shown else "open"
+        if route is None:  # never held, so the line was lost; or held and ended by someone
+            return "done" if order.shown or order.id in view.ended_ids else "open"
         if route["id"] == order.id:
             return "shown"
         if order.shown or route["until"] is None or route["announced_at"] > order.sent_at:
@@ -448,6 +454,7 @@ class Pipe:
     def __init__(self, path: str) -> None:
         self.path = path
         self.descriptor = -1
+        self.identity = (0, 0)  # device and inode of the descriptor
 
     def write(self, line: str) -> None:
         """Write one line, of at most PIPE_BUF bytes, whole. Raises OSError when the controller can't take it."""
@@ -461,13 +468,13 @@ class Pipe:
         found = os.stat(self.path)
         if not stat.S_ISFIFO(found.st_mode):
             raise OSError(f"{self.path} is not a FIFO")
+        identity = (found.st_dev, found.st_ino)
         if self.descriptor >= 0:
-            opened = os.fstat(self.descriptor)
-            if (opened.st_dev, opened.st_ino) == (found.st_dev, found.st_ino):
+            if identity == self.identity:
                 return
             os.close(self.descriptor)
             self.descriptor = -1
-        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+        self.descriptor, self.identity = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK), identity
 
 
 # ---------------------------------------------------------------- HTTP/1.1 (RFC 9112)
@@ -768,14 +775,15 @@ class Service:
         now = self.now()
         if not self.view.fresh(now):
             self.look()
-        decision = self.desk.decide(request, uuid.uuid4().hex, self.view, now)
+        decision = self.desk.decide(request, os.urandom(8).hex(), self.view, now)
         if request.dry_run:
             return Answer(200, decision.answer | {"status": "dry-run", "command": self.dry_run(request)})
         try:
             self.pipe.write(decision.line)
         except OSError as error:
             raise controller_away(f"cannot write to {self.pipe.path}: {error.strerror or error}") from None
-        self.file.append(self.desk.commit(decision, self.view, now))
+        orders = self.desk.commit(decision, request, self.view, now)
+        self.file.append([order.record() for order in orders])
         number = self.file.synchronize()
         self.announced += decision.charged
         self.log(decision.log)
@@ -783,7 +791,7 @@ class Service:
             decision.answer.setdefault("warning", "the timer could not be written to disk")
         until = now.mono + request.wait if request.wait else 0.0
         patience = now.mono + DURABLE_MAX
-        self.waiting.append(Waiting(connection, decision.orders, decision.answer, number, patience, until))
+        self.waiting.append(Waiting(connection, orders, decision.answer, number, patience, until))
         if request.wait:
             self.loop.call_soon(self.hurry)
         elif self.file.failed:

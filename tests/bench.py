@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import http.client
 import json
 import os
 import random
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -40,6 +42,57 @@ while True:
     data = os.read(pipe, 65536)
     while data:
         data = data[os.write(1, data):]
+"""
+
+
+HTTP_FLOOR = """\
+import http.server, json, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = sys.argv[2]
+    wbufsize = -1  # the answer in one segment
+    disable_nagle_algorithm = True
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        os.write(pipe, f"announce {body['target_ip']}/32\\n".encode())
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+    def log_message(self, *args): pass
+pipe = os.open(sys.argv[1], os.O_WRONLY)
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+print("Listening on", server.server_port, flush=True)
+server.serve_forever()
+"""
+PLAIN = """\
+import http.server, ipaddress, json, sys, threading, time
+whitelist = [ipaddress.ip_network("198.51.100.0/24"), ipaddress.ip_network("203.0.113.10/32")]
+timers, recent = {}, []
+def send(line):
+    with open(sys.argv[1], "w") as pipe:
+        pipe.write(line + "\\n")
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        address = ipaddress.ip_address(body["target_ip"])
+        assert self.headers["X-Auth-Token"] and not any(address in network for network in whitelist)
+        recent[:] = [at for at in recent if at > time.time() - 60] + [time.time()]
+        send(f"announce {address}/32")
+        if address in timers:
+            timers[address].cancel()
+        timers[address] = threading.Timer(3600, send, [f"withdraw {address}/32"])
+        timers[address].daemon = True
+        timers[address].start()
+        with open(sys.argv[1] + ".log", "a") as log:
+            log.write(time.strftime("%Y-%m-%d %H:%M:%S") + f" WEBHOOK ANNOUNCE {address}/32\\n")
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps({"status": "ok", "prefix": f"{address}/32"}).encode())
+    def log_message(self, *args): pass
+server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+print("Listening on", server.server_port, flush=True)
+server.serve_forever()
 """
 
 
@@ -132,35 +185,161 @@ class Bench:
             shown = f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
             print(f"  {name:<58}{shown:>12} {unit:<10}{beside}", flush=True)
 
+    @contextlib.contextmanager
+    def http_floor(
+        self, trio: Trio, version: str, text: str = HTTP_FLOOR
+    ) -> Iterator[Callable[[], http.client.HTTPConnection]]:
+        """A bare http.server handler that writes the line to the same controller; yields a way to connect."""
+        program, log = trio.directory / "http_floor.py", trio.directory / f"http_floor-{len(text)}-{version[-1]}.out"
+        program.write_text(text)
+        command = [sys.executable, str(program), str(trio.pipe), version]
+        process = Process("the HTTP floor", command, log, clean_environment())
+        try:
+            port = int(str(wait_for("the HTTP floor", lambda: log.read_text().partition("on ")[2].strip())))
+            yield lambda: http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        finally:
+            process.stop()
+
     def latency(self) -> None:
         """One event at a time, in random order, with an idle pause before each."""
-        with self.chain(Chain) as trio, self.chain(Floor) as floor, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            trio, floor = stack.enter_context(self.chain(Chain)), stack.enter_context(self.chain(Floor))
             trio.trio.start_receiver()
-            kept = http.client.HTTPConnection("127.0.0.1", trio.trio.port, timeout=10)
+            bare = stack.enter_context(self.http_floor(trio.trio, "HTTP/1.1"))
+            bare_new = stack.enter_context(self.http_floor(trio.trio, "HTTP/1.0"))
+            connect = functools.partial(http.client.HTTPConnection, "127.0.0.1", trio.trio.port, timeout=30)
+            kept, bare_kept = connect(), bare()
             stack.callback(kept.close)
+            stack.callback(bare_kept.close)
 
             def post(connection: http.client.HTTPConnection, prefix: str) -> None:
-                body = json.dumps({"target_ip": prefix})
+                body = json.dumps({"target_ip": prefix.partition("/")[0]})
                 connection.request("POST", "/", body, {"X-Auth-Token": trio.trio.token})
                 connection.getresponse().read()
 
-            def post_new(prefix: str) -> None:
-                connection = http.client.HTTPConnection("127.0.0.1", trio.trio.port, timeout=10)
-                with contextlib.closing(connection):
+            def post_new(new: Callable[[], http.client.HTTPConnection], prefix: str) -> None:
+                with contextlib.closing(new()) as connection:
                     post(connection, prefix)
 
             ways: dict[str, tuple[Chain, Callable[[str], None]]] = {
                 "floor": (floor, floor.announce),
                 "pipe to UPDATE": (trio, trio.announce),
-                "POST to UPDATE, kept connection": (trio, lambda prefix: post(kept, prefix)),
-                "POST to UPDATE, new connection": (trio, post_new),
+                "HTTP floor, kept connection": (trio, functools.partial(post, bare_kept)),
+                "POST to UPDATE, kept connection": (trio, functools.partial(post, kept)),
+                "HTTP floor, new connection": (trio, functools.partial(post_new, bare_new)),
+                "POST to UPDATE, new connection": (trio, functools.partial(post_new, connect)),
             }
             times = self.measure(ways, 40 if self.quick else 400)
-        base = statistics.median(times["floor"])
+        medians = {way: statistics.median(taken) for way, taken in times.items()}
         for way, taken in times.items():
-            median, p99 = statistics.median(taken), statistics.quantiles(taken, n=100)[98]
-            self.note(f"{way}, median", median, "ms", f"{median / base:.2f} x floor")
-            self.note(f"{way}, p99", p99, "ms")
+            floor_of = way.replace("POST to UPDATE", "HTTP floor") if "POST" in way else "floor"
+            beside = f"{medians[way] / medians[floor_of]:.2f} x {floor_of}"
+            self.note(f"{way}, median", medians[way], "ms", beside)
+            self.note(f"{way}, p99", statistics.quantiles(taken, n=100)[98], "ms")
+
+    def posts(self) -> None:
+        """Many POSTs: is any lost, how many a second, what do slow clients cost the others, does memory grow?"""
+        count = 200 if self.quick else 1000
+        with self.chain(Chain) as chain:
+            chain.trio.start_receiver()
+            ours = functools.partial(http.client.HTTPConnection, "127.0.0.1", chain.trio.port, timeout=30)
+            with (
+                self.http_floor(chain.trio, "HTTP/1.0", PLAIN) as plain,
+                self.http_floor(chain.trio, "HTTP/1.0") as bare,
+            ):
+                rates: dict[str, list[float]] = {}
+                all_lost = {plain: 0, bare: 0, ours: 0}
+                for turn in range(1 if self.quick else 3):
+                    for name, connect, keep in (
+                        (f"{count} POSTs in a row, plain receiver with a timer each", plain, False),
+                        (f"{count} POSTs in a row, bare handler", bare, False),
+                        (f"{count} POSTs in a row, new connections", ours, False),
+                        (f"{count} POSTs in a row, kept connection", ours, True),
+                    ):
+                        taken, lost = self.post_row(chain, connect, routes(count, 20 + turn), keep)
+                        rates.setdefault(name, []).append(count / taken)
+                        all_lost[connect] += lost
+            self.note("  lost of all these", all_lost[ours], "", f"{all_lost[plain]} by the plain receiver")
+            best = {name: statistics.median(rate) for name, rate in rates.items()}
+            base = next(iter(best.values()))
+            for name, rate in best.items():
+                self.note(name, rate, "POSTs/s", f"{rate / base:.2f} x plain")
+            begin = time.monotonic()
+            prefixes = routes(count, 30)
+            clients = [
+                threading.Thread(target=self.post_row, args=(chain, ours, prefixes[n::50], False, False))
+                for n in range(50)
+            ]
+            for client in clients:
+                client.start()
+            for client in clients:
+                client.join()
+            self.note(f"{count} POSTs from 50 clients", count / (time.monotonic() - begin), "POSTs/s")
+            chain.peer.wait_for_count(count)
+            chain.write("withdraw-all\n")
+            chain.peer.wait_for_count(0)
+            self.slow_clients(chain, ours)
+            self.receiver_memory(chain, ours)
+
+    def post_row(
+        self,
+        chain: Chain,
+        connect: Callable[[], http.client.HTTPConnection],
+        prefixes: list[str],
+        keep: bool,
+        clear: bool = True,
+    ) -> tuple[float, int]:
+        """Seconds for one POST after the other, and how many did not reach the peer."""
+        begin = time.monotonic()
+        connection = connect()
+        for prefix in prefixes:
+            body = json.dumps({"target_ip": prefix.partition("/")[0]})
+            connection.request("POST", "/", body, {"X-Auth-Token": chain.trio.token})
+            connection.getresponse().read()
+            if not keep:
+                connection.close()
+        connection.close()
+        taken = time.monotonic() - begin
+        if not clear:
+            return taken, 0
+        with contextlib.suppress(TimeoutError):
+            chain.peer.wait_for_count(len(prefixes), 20)
+        lost = len(prefixes) - len(chain.peer.routes)
+        chain.write("withdraw-all\n")
+        chain.peer.wait_for_count(0)
+        wait_for("quiet", lambda: not chain.trio.state()["routes"])
+        return taken, lost
+
+    def slow_clients(self, chain: Chain, connect: Callable[[], http.client.HTTPConnection]) -> None:
+        """What others wait while 500 clients send half a request."""
+        times = []
+        with contextlib.ExitStack() as stack:
+            for _ in range(500):
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", chain.trio.port), 10))
+                client.sendall(b"POST / HTTP/1.1\r\nX-")
+            for prefix in routes(100 if self.quick else 500, 12):
+                begin = time.monotonic()
+                self.post_row(chain, connect, [prefix], False, False)
+                times.append(1000 * (time.monotonic() - begin))
+        self.note("others' answer while 500 slow clients hang on, p99", statistics.quantiles(times, n=100)[98], "ms")
+        chain.write("withdraw-all\n")
+        chain.peer.wait_for_count(0)
+
+    def receiver_memory(self, chain: Chain, connect: Callable[[], http.client.HTTPConnection]) -> None:
+        """Memory after the first and after the last tenth of many requests."""
+        assert chain.trio.receiver is not None
+        status = Path(f"/proc/{chain.trio.receiver.popen.pid}/status")
+        count = 5_000 if self.quick else 100_000
+        bodies = ['{"target_ip": "10.1.2.3"}', '{"action": "withdraw", "target_ip": "10.1.2.3"}', "[]", '{"x": 1}']
+        connection, sizes = connect(), []
+        for n in range(count):
+            connection.request("POST", "/", bodies[n % 4], {"X-Auth-Token": chain.trio.token})
+            connection.getresponse().read()
+            if n + 1 in (count // 10, count):
+                sizes.append(int(status.read_text().partition("VmRSS:")[2].split()[0]) / 1024)
+        connection.close()
+        self.note(f"receiver's memory after {count // 10} requests", sizes[0], "MB")
+        self.note(f"receiver's memory after {count} requests", sizes[1], "MB", f"{sizes[1] / sizes[0]:.2f} x")
 
     def measure(self, ways: dict[str, tuple[Chain, Callable[[str], None]]], count: int) -> dict[str, list[float]]:
         times: dict[str, list[float]] = {way: [] for way in ways}
@@ -347,6 +526,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rtbh-bench-") as home:
         bench = Bench(exabgp, options.quick, Path(home))
         bench.latency()
+        bench.posts()
         bench.bursts()
         bench.held()
         bench.many(20_000 if options.quick else options.commands)

@@ -298,6 +298,7 @@ neighbor {address} {{
 
     def start_receiver(self) -> None:
         log = self.directory / "receiver.out"
+        log.unlink(missing_ok=True)  # what one before it said
         command = [sys.executable, str(ROOT / "webhook_receiver.py"), "--config", str(self.config)]
         self.receiver = receiver = Process("the webhook receiver", command, log, clean_environment())
 

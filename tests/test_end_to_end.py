@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,25 @@ def test_post_reaches_the_upstream(exabgp: str, start_trio: StartTrio) -> None:
     log = trio.log_text("webhook.log")
     assert f"Webhook receiver listening on port {trio.port}\n" in log
     assert "WEBHOOK ANNOUNCE 192.0.2.100/32 (auto-withdraw in 3600s)\n" in log
+
+
+def test_a_post_waits_for_the_upstream_and_the_status_shows_it(exabgp: str, start_trio: StartTrio) -> None:
+    trio, upstream = start_trio(exabgp, "[neighbor 127.0.0.1]\ncommunity = 174:666\n")
+    status, answer = post(trio, '{"target_ip": "192.0.2.100", "wait": 5, "reason": "SYN flood"}')
+    assert (status, answer["delivered"], answer["neighbors"]) == (200, True, {"127.0.0.1": "advertised"})
+    wait_for("the announce", lambda: held(upstream, "192.0.2.100/32"))
+    with urllib.request.urlopen(
+        urllib.request.Request(f"http://127.0.0.1:{trio.port}/status", headers={"X-Auth-Token": trio.token}), timeout=9
+    ) as response:
+        (route,) = json.load(response)["routes"]
+    assert (route["source"], route["reason"], route["neighbors"]) == ("webhook", "SYN flood", answer["neighbors"])
+    _, dry = post(trio, '{"target_ip": "192.0.2.101", "dry_run": true}')
+    command = "neighbor 127.0.0.1 announce route 192.0.2.101/32 next-hop self community [174:666]"
+    assert dry == {"status": "dry-run", "prefix": "192.0.2.101/32", "withdraw_after": 3600, "command": command}
+    status, answer = post(trio, '{"action": "withdraw", "target_ip": "192.0.2.100", "wait": 5}')
+    assert (status, answer["delivered"]) == (200, True)
+    wait_for("the withdraw", lambda: held(upstream))
+    assert "ERROR" not in trio.log_text() + trio.log_text("webhook.log")
 
 
 def test_a_post_ends_by_itself(exabgp: str, start_trio: StartTrio) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import random
@@ -170,6 +172,70 @@ def test_a_post_that_was_answered_200_survives_the_controllers_death(exabgp: str
                 os.kill(controller, signal.SIGKILL)
         wait_for("its successor", lambda pid=controller: trio.state()["pid"] != pid)  # type: ignore[misc]
         wait_for("all that was answered 200", lambda: upstream.table().keys() == advertised(trio) == model, 30)
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 6))])
+def test_a_post_never_outlives_its_end_whichever_daemon_dies(
+    newest_exabgp: str, start_trio: StartTrio, seed: int
+) -> None:
+    webhook = "max_announcements_per_minute = 1000\nmax_routes = 1000\n"
+    trio, upstream = start_trio(newest_exabgp, "[safety]\nmax_routes = 1000\n", webhook)
+    order = random.Random(seed)
+    ends: dict[str, float] = {}
+    for _ in range(4):
+        for _ in range(order.randrange(5, 30)):
+            prefix, length = order.choice(PREFIXES), order.choice((1, 2, 3, 600))
+            body = {"target_ip": prefix, "withdraw_after": length}
+            if post(trio, json.dumps(body))[0] == 200:
+                ends[prefix] = time.time() + length
+        for victim in order.sample(("receiver", "controller"), order.randrange(1, 3)):
+            if victim == "controller":
+                os.kill(trio.state()["pid"], signal.SIGKILL)
+                continue
+            assert trio.receiver is not None
+            trio.receiver.popen.kill()
+            trio.receiver.popen.wait()
+            trio.start_receiver()
+        wait_for("a living controller", lambda: time.time() - trio.state()["heartbeat"] < 0.5)
+
+    def due() -> set[str]:
+        return {prefix for prefix, end in ends.items() if end > time.time()}
+
+    last = max([end for end in ends.values() if end < time.time() + 10], default=0)
+    wait_for("all that ends soon", lambda: time.time() > last)
+    wait_for("what lasts, and nothing else", lambda: upstream.table().keys() == advertised(trio) == due())
+
+
+@pytest.mark.slow
+def test_fifty_thousand_random_bodies(newest_exabgp: str, start_trio: StartTrio) -> None:
+    """None gets a 5xx, and whatever reaches the pipe is a canonical command of an address that was posted."""
+    webhook = "max_announcements_per_minute = 1000000\nmax_routes = 5000\n"
+    trio, _ = start_trio(newest_exabgp, "[safety]\nmax_routes = 5000\n", webhook)
+    order = random.Random(50)
+    corpus = Path(__file__).parent / "corpus" / "bodies.jsonl"
+    bodies = [
+        case.get("body", case.get("latin1")).encode() for case in map(json.loads, corpus.read_text().splitlines())
+    ]
+    bodies = [body for body in bodies if len(body) < 5000]
+    statuses = dict.fromkeys(range(600), 0)
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", trio.port, timeout=20)) as connection:
+        for _ in range(50_000):
+            body = bytearray(order.choice(bodies))
+            for _ in range(order.choice((0, 1, 1, 2, 8))):
+                at = order.randrange(len(body) + 1)
+                body[at : at + order.randrange(3)] = order.randbytes(order.randrange(3))
+            connection.request("POST", "/", bytes(body), {"X-Auth-Token": trio.token})
+            response = connection.getresponse()
+            json.loads(response.read())
+            statuses[response.status] += 1
+    assert sum(statuses[n] for n in range(200, 500)) == 50_000
+    assert statuses[200] > 1000
+    log = trio.log_text("webhook.log")
+    assert "failed" not in log
+    assert "ERROR" not in log
+    wait_for("the last line", lambda: all("'pending'" not in str(r) for r in trio.state()["routes"]))
+    assert "INVALID" not in trio.log_text()
+    assert "UNKNOWN" not in trio.log_text()
 
 
 def test_a_full_disk_stops_nothing(newest_exabgp: str, start_trio: StartTrio) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from lab import ROOT, Process, clean_environment, wait_for
-from rtbh_controller import Blackholes, Neighbor, Now, load_settings, publication
+from rtbh_controller import Blackholes, Neighbor, Now, load_settings, parse_prefix, publication
 
 RECEIVER = [sys.executable, str(ROOT / "webhook_receiver.py")]
 TOKEN = "s3cret"
@@ -44,12 +44,14 @@ class Controller(threading.Thread):
         self.lines: list[str] = []
         self.reads = True
         self.stopping = threading.Event()
+        self.lock = threading.Lock()  # held while what was read is carried out
         self.sessions({"127.0.0.1": "up"})
         self.publish()
         self.start()
 
     def sessions(self, states: dict[str, str]) -> None:
         self.blackholes.neighbors = {address: Neighbor(state, 1.0, True) for address, state in states.items()}
+        self.blackholes.routers = {parse_prefix(address) for address in states}
 
     def publish(self) -> None:
         new = self.state_file.with_suffix(".new")
@@ -58,7 +60,7 @@ class Controller(threading.Thread):
 
     def run(self) -> None:
         while not self.stopping.wait(0.05):
-            with contextlib.suppress(BlockingIOError):
+            with self.lock, contextlib.suppress(BlockingIOError):
                 for line in os.read(self.pipe, 1 << 20).decode().splitlines() if self.reads else []:
                     self.lines.append(line)
                     self.blackholes.line(line, Now(time.time(), time.monotonic()))
@@ -104,14 +106,17 @@ class Receiver:
         address = str(wait_for("the receiver", ready)).split()[0]
         self.port = int(address.rpartition(":")[2])
 
-    def start_controller(self) -> Controller:
+    def start_controller(self, like: Controller | None = None) -> None:
+        """A controller that knows nothing, or what the one before it knew."""
         self.controller = Controller(self)
-        return self.controller
+        if like:
+            self.controller.blackholes = like.blackholes
 
-    def stop_controller(self) -> None:
-        if self.controller:
-            self.controller.close()
-        self.controller = None
+    def stop_controller(self) -> Controller | None:
+        was, self.controller = self.controller, None
+        if was:
+            was.close()
+        return was
 
     def lines(self) -> list[str]:
         """What the controller has read since the last call, when the pipe is empty."""
@@ -119,8 +124,8 @@ class Receiver:
         poll = select.poll()
         poll.register(self.controller.pipe, select.POLLIN)
         wait_for("the pipe to be read", lambda: not poll.poll(0))
-        time.sleep(0.01)
-        found, self.controller.lines = self.controller.lines, []
+        with self.controller.lock:
+            found, self.controller.lines = self.controller.lines, []
         return found
 
     def get(self, path: str, token: str = TOKEN) -> tuple[int, Any]:
@@ -184,10 +189,15 @@ def test_the_answers_of_the_contract(receiver: Receiver) -> None:
 
 
 def test_the_eleventh_in_a_minute_is_refused_whoever_asks_and_however_fast(receiver: Receiver) -> None:
-    with concurrent.futures.ThreadPoolExecutor(30) as pool:
-        targets = [f'{{"target_ip": "192.0.2.{n}"}}' for n in range(60)]
-        answers = list(pool.map(receiver.post, targets))
-    assert sorted(status for status, _ in answers) == [200] * 10 + [429] * 50
+    start = threading.Barrier(100)
+
+    def post(n: int) -> tuple[int, Any]:
+        start.wait()
+        return receiver.post(f'{{"target_ip": "192.0.2.{n}"}}')
+
+    with concurrent.futures.ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(post, range(100)))
+    assert sorted(status for status, _ in answers) == [200] * 10 + [429] * 90
     assert (429, {"error": "Rate limit exceeded"}) in answers
     assert len(receiver.lines()) == 10
     assert receiver.post('{"action": "withdraw", "target_ip": "192.0.2.200"}')[0] == 200
@@ -315,10 +325,10 @@ def test_an_end_that_cannot_be_written_is_tried_until_it_is(receiver: Receiver) 
     assert receiver.post('{"target_ip": "192.0.2.1", "withdraw_after": 1}')[0] == 200
     (line,) = receiver.lines()
     identity = line.split("id=")[1].split()[0]
-    receiver.stop_controller()
+    was = receiver.stop_controller()
     receiver.pipe.unlink()
     wait_for("the complaint", lambda: receiver.logged("trying until it works: No such file"))
-    receiver.start_controller()
+    receiver.start_controller(was)
     assert wait_for("the withdraw", receiver.lines)[0] == f"withdraw 192.0.2.1/32 id={identity}"
     wait_for("the log", lambda: receiver.logged("AUTO-WITHDRAW 192.0.2.1/32 after 1s timeout\n"))
 
@@ -452,6 +462,34 @@ def test_status_health_and_metrics(receiver: Receiver) -> None:
         subprocess.run([promtool, "check", "metrics"], input=metrics, text=True, check=True, timeout=20)
     else:
         pytest.skip("promtool is missing: install the package prometheus")
+
+
+# ---------------------------------------------------------------- the corpus
+
+CORPUS = [json.loads(line) for line in (Path(__file__).parent / "corpus" / "bodies.jsonl").read_text().splitlines()]
+
+
+def test_each_body_of_the_corpus_gets_its_answer(stopped: Receiver) -> None:
+    """An `error` is given up to the field it names; other keys as they are. Lines in the pipe are canonical."""
+    plenty = "max_announcements_per_minute = 1000\nmax_routes = 1000"
+    stopped.configure(f"token = {TOKEN}\n{plenty}", "[safety]\nmax_routes = 1000\n[bgp]\nnext_hop_ipv6 = 100::1\n")
+    stopped.start_controller()
+    stopped.start()
+    assert len(CORPUS) >= 120
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", stopped.port, timeout=10)) as connection:
+        for case in CORPUS:
+            text, codec = (case["latin1"], "latin-1") if "latin1" in case else (case["body"], "utf-8")
+            body = text.encode(codec)
+            connection.request("POST", "/", body, {"X-Auth-Token": TOKEN})
+            status, answer = read(connection.getresponse())
+            assert status == case["status"], (case, answer)
+            for key, value in case["expect"].items():
+                assert answer[key].startswith(value) if key == "error" else answer[key] == value, (case, answer)
+            for line in stopped.lines() if status == 200 else []:
+                words = line.split()
+                assert words[0] == "withdraw-all" or str(parse_prefix(words[1])) == words[1]
+                assert words[0] in ("announce", "withdraw", "withdraw-all")
+    assert stopped.lines() == []
 
 
 # ---------------------------------------------------------------- those who mean harm

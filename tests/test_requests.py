@@ -139,7 +139,9 @@ UP = {"127.0.0.1": {"state": "up", "since": 1.0}}
 
 def view(of: Settings, *routes: dict[str, Any], after: float = 0.0, refused: tuple[str, ...] = ()) -> View:
     """A published state with one session up."""
-    state = {"heartbeat": NOW.wall + after, "neighbors": UP, "routes": list(routes), "refused_ids": list(refused)}
+    state: dict[str, Any] = {"heartbeat": NOW.wall + after, "neighbors": UP, "routes": list(routes), "refused_ids": []}
+    state["refused_ids"] = [] if "ended" in refused else list(refused)
+    state["ended_ids"] = list(refused) if "ended" in refused else []
     return View(of, state | {"routers": ["192.0.2.254"]})
 
 
@@ -160,7 +162,7 @@ class Office(Desk):
         request = Request("announce", parse_prefix(target), length)
         self.view.heartbeat = now.wall
         decision = self.decide(request, "id1", self.view, now)
-        self.commit(decision, self.view, now)
+        self.commit(decision, request, self.view, now)
         return decision
 
     def rejection(self, target: str, now: Now, length: int | None = None) -> Rejected:
@@ -188,7 +190,8 @@ def test_a_newer_announcement_replaces_the_timer_and_a_withdraw_cancels_it() -> 
     desk.announce("192.0.2.1", NOW, 60)
     desk.announce("192.0.2.1", NOW, 600)
     assert desk.next_due() == NOW.mono + 600
-    desk.commit(desk.decide(Request("withdraw", parse_prefix("192.0.2.1")), "x", desk.view, NOW), desk.view, NOW)
+    request = Request("withdraw", parse_prefix("192.0.2.1"))
+    desk.commit(desk.decide(request, "x", desk.view, NOW), request, desk.view, NOW)
     assert desk.next_due() == float("inf")
 
 
@@ -304,6 +307,7 @@ LATER = Now(NOW.wall + 2, NOW.mono + 2)
         ("announce", 2, [route("newer", 1.0, NOW.wall + 1)], (), False, False),  # another receiver's, since
         ("announce", 2, [route("", None)], (), False, False),  # pinned by an operator
         ("announce", 2, [], ("id1",), False, False),
+        ("announce", 2, [], ("ended", "id1"), False, False),  # an operator was quicker than the heartbeat
         ("withdraw", 2, [], (), False, False),
         ("withdraw", 2, [route("id1")], (), True, True),
         ("withdraw", 2, [route("", None, NOW.wall + 1)], (), False, False),  # announced again since
@@ -313,8 +317,8 @@ def test_a_line_is_written_again_until_the_state_shows_it(
     action: str, after: float, routes: list[dict[str, Any]], refused: tuple[str, ...], again: bool, open_: bool
 ) -> None:
     desk = Office()
-    decision = desk.decide(Request(action, parse_prefix("192.0.2.1")), "id1", desk.view, NOW)
-    desk.commit(decision, desk.view, NOW)
+    request = Request(action, parse_prefix("192.0.2.1"))
+    desk.commit(desk.decide(request, "id1", desk.view, NOW), request, desk.view, NOW)
     seen = view(desk.settings, *routes, after=after, refused=refused)
     desk.review(seen, LATER)
     assert len(desk.overdue(seen, LATER)) == again
@@ -362,15 +366,16 @@ def test_orders_come_back_from_disk_and_last_no_longer_than_they_were_to(
     records = []
     for n in (1, 2):
         request = Request("announce", parse_prefix(f"192.0.2.{n}"), length + 1)
-        records += desk.commit(desk.decide(request, f"id{n}", desk.view, NOW), desk.view, NOW)
+        orders = desk.commit(desk.decide(request, f"id{n}", desk.view, NOW), request, desk.view, NOW)
+        records += [order.record() for order in orders]
     records += ['{"over": "192.0.2.1/32"}'] if ended else []
     text = "".join(f"{record}\n" for record in records)
     now = Now(NOW.wall + step, 5.0)
-    orders = read_orders(text, now)
-    assert orders.keys() == {"192.0.2.2/32"} | (set() if ended else {"192.0.2.1/32"})
-    for order in orders.values():
+    found = read_orders(text, now)
+    assert found.keys() == {"192.0.2.2/32"} | (set() if ended else {"192.0.2.1/32"})
+    for order in found.values():
         assert order.due - now.mono == pytest.approx(min(length + 1 - step, length + 1), abs=0.01)
-    assert read_orders("".join(order.record() + "\n" for order in orders.values()), now) == orders
+    assert read_orders("".join(order.record() + "\n" for order in found.values()), now) == found
     torn = read_orders(text[:cut], now)
     assert torn.keys() <= {"192.0.2.1/32", "192.0.2.2/32"}
 
