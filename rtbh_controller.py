@@ -50,7 +50,7 @@ LINE_MAX = 4096  # bytes; a write of at most PIPE_BUF is atomic (POSIX), so a lo
 PIPE_SIZE = 64 * 1024  # bytes that a pipe holds
 READ_SIZE = 8 * 1024  # bytes read at once, a part of a burst: while ExaBGP works on it the next is read
 BACKSTOP_GRACE = 10.0  # seconds after a route's end in which its receiver may withdraw it itself
-REMEMBER = 60.0  # seconds for which the published state names the ids that were refused or have ended
+REMEMBER = 10.0  # seconds for which the published state names the ids that were refused or have ended
 HEARTBEAT = 1.0  # seconds between two publications of an unchanged state
 PUBLISH_PAUSE = 0.006  # seconds from a change to its publication: by then ExaBGP has sent the UPDATE
 
@@ -645,8 +645,8 @@ class Blackholes:
         self.routers: set[Prefix] = set()  # the neighbors' addresses and ExaBGP's own: never blackholed
         self.unanswered: dict[str, int] = {}  # prefix: commands without an answer
         self.refused: set[str] = set()  # prefixes whose last announce ExaBGP refused
-        self.refused_ids: deque[tuple[float, str]] = deque()  # of announces that a guard refused lately
-        self.ended_ids: deque[tuple[float, str]] = deque()  # of blackholes that ended lately
+        self.refused_ids: deque[tuple[float, str]] = deque(maxlen=2000)  # of announces that a guard refused lately
+        self.ended_ids: deque[tuple[float, str]] = deque(maxlen=2000)  # of blackholes that ended lately
         self.audit_wanted, self.auditing = True, False
         self.introduced = False  # an answer about the neighbors has come: each can be given its own attributes
         self.touched: set[str] = set()  # prefixes changed since the audit in progress was asked for

@@ -683,10 +683,13 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """End it so that the answer arrives: what the client still sends is read for a moment."""
         self.closing = True
-        if self.transport.can_write_eof() and not self.ended:
-            self.transport.write_eof()
-        else:
+        if not self.transport.can_write_eof() or self.ended:
             self.transport.close()
+            return
+        try:
+            self.transport.write_eof()
+        except OSError:  # it has gone already
+            self.transport.abort()
 
     def check_time(self, now: float) -> None:
         """End it when it keeps us waiting too long."""
@@ -794,7 +797,7 @@ class Service:
         self.waiting.append(Waiting(connection, orders, decision.answer, number, patience, until))
         if request.wait:
             self.loop.call_soon(self.hurry)
-        elif self.file.failed:
+        elif self.file.failed or number <= self.durable:
             self.settle(number)
         return None
 
