@@ -469,7 +469,7 @@ def main() -> int:
     if options.record:
         record(options.record)
         return 0
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     try:
         run_lab(options)
