@@ -477,13 +477,15 @@ def parse_line(line: str) -> Command | None:
         raise ValueError(f"UNKNOWN action: {printable(action)}")
     try:
         prefix = parse_prefix(words[1])
-        if len(words) == 2:
-            return Command(action, prefix)
-        extra = dict(word.split("=", 1) for word in words[2:] if "=" in word)
-        until = read_until(extra["until"]) if "until" in extra else None
+        until, said = None, {}
+        for word in words[2:]:
+            key, equals, value = word.partition("=")
+            if equals and key == "until":
+                until = read_until(value)
+            elif equals and key in ("id", "source", "reason"):
+                said[key] = read_word(value)
     except ValueError as error:
         raise invalid(line, str(error)) from None
-    said = {key: read_word(extra[key]) for key in ("id", "source", "reason") if key in extra}
     return Command(action, prefix, until, **said)
 
 
@@ -1282,27 +1284,33 @@ def clock(seconds: float) -> str:
     return clock_second(int(seconds))
 
 
+def newest(waiting: queue.SimpleQueue[Any]) -> Any:
+    """Wait for something in the queue, and take all there is; the last counts."""
+    found = waiting.get()
+    while waiting.qsize():
+        found = waiting.get()
+    return found
+
+
 class Publisher:
     """Replaces the state file from a thread of its own, always with the newest text."""
 
     def __init__(self, path: str, log: Callable[[str], None]) -> None:
         self.path, self.log = path, log
-        self.text = bytearray()
-        self.changed = threading.Event()
+        self.texts: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         self.failed = ""
         threading.Thread(target=self.write, daemon=True).start()
 
     def __call__(self, text: bytearray) -> None:
-        self.text = text
-        self.changed.set()
+        self.texts.put(text)
 
     def write(self) -> None:
-        while self.changed.wait():
-            self.changed.clear()
+        while True:
+            text = newest(self.texts)
             try:
                 descriptor = os.open(f"{self.path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
                 with open(descriptor, "wb") as file:
-                    file.write(self.text)
+                    file.write(text)
                 os.replace(f"{self.path}.new", self.path)
                 failed = ""
             except OSError as error:
@@ -1331,7 +1339,7 @@ class JournalFile:
         self.size, self.limit = 0, 0  # a limit of 0: write a snapshot first
         self.failed = ""
         self.durable = 0  # bytes of the size, when last the thread was asked
-        self.wanted = threading.Event()
+        self.wanted: queue.SimpleQueue[int] = queue.SimpleQueue()  # requests
         threading.Thread(target=self.run, daemon=True).start()
 
     def read(self) -> str:
@@ -1395,13 +1403,12 @@ class JournalFile:
         if self.size != self.durable:
             self.durable = self.size
             self.request += 1
-            self.wanted.set()
+            self.wanted.put(self.request)
         return self.request
 
     def run(self) -> None:
-        while self.wanted.wait():
-            self.wanted.clear()
-            request = self.request
+        while True:
+            request = newest(self.wanted)
             with contextlib.suppress(OSError, ValueError):  # it may be closed under us, for a new one
                 os.fdatasync(self.descriptor)
             self.on_durable(request)
@@ -1470,13 +1477,35 @@ def open_pipe(path: str, log: Callable[[str], None]) -> int:
 # ---------------------------------------------------------------- the loop
 
 
-class Loop:
+class Watch:
+    """Waits for descriptors, and has the handler of each that is ready called."""
+
+    def __init__(self) -> None:
+        self.poll = select.poll()
+        self.handlers: dict[int, Callable[[], None]] = {}  # by descriptor
+
+    def watch(self, descriptor: int, handler: Callable[[], None], event: int = select.POLLIN) -> None:
+        self.handlers[descriptor] = handler
+        self.poll.register(descriptor, event)
+
+    def unwatch(self, descriptor: int) -> None:
+        if self.handlers.pop(descriptor, None):
+            self.poll.unregister(descriptor)
+
+    def wait(self, seconds: float) -> None:
+        for descriptor, _ in self.poll.poll(1000 * seconds):
+            if descriptor in self.handlers:  # not ended by the one before
+                self.handlers[descriptor]()
+
+
+class Loop(Watch):
     """Moves bytes between the pipe, ExaBGP and the decisions; the only place that waits, and never for long."""
 
     QUEUE = 5_000  # commands waiting for ExaBGP above which the pipe is not read: its writers wait
     STOP = 1.5  # seconds for the last withdrawals; ExaBGP 5.0 kills its process after 2
 
     def __init__(self, settings: Settings, config: str | None, log: Logger) -> None:
+        super().__init__()
         self.settings, self.config, self.log = settings, config, log
         self.blackholes = Blackholes(settings)
         self.effects = self.blackholes.effects
@@ -1484,8 +1513,6 @@ class Loop:
         self.exabgp = parent_process()
         self.dialogue = Dialogue()
         self.publish = Publisher(settings.paths.state_file, log)
-        self.poll = select.poll()
-        self.handlers: dict[int, Callable[[], None]] = {}  # by descriptor: what to do when it is ready
         self.lines = LineReader()
         self.pipe = -1
         self.pipe_trouble = ""
@@ -1517,21 +1544,11 @@ class Loop:
             self.housekeeping()
             self.write_exabgp()
             self.follow_up()
-            for descriptor, _ in self.poll.poll(1000 * self.pause()):
-                if self.running and descriptor in self.handlers:
-                    self.handlers[descriptor]()
+            self.wait(self.pause())
         self.journal.append(self.effects.records)  # read, but too late to be told: for the successor
         self.write_log()
         self.log("RTBH controller stopped")
         return 0
-
-    def watch(self, descriptor: int, handler: Callable[[], None], event: int = select.POLLIN) -> None:
-        self.handlers[descriptor] = handler
-        self.poll.register(descriptor, event)
-
-    def unwatch(self, descriptor: int) -> None:
-        if self.handlers.pop(descriptor, None):
-            self.poll.unregister(descriptor)
 
     def follow_up(self) -> None:
         """Log, publish and make durable, a moment after the deed: ExaBGP has the processor first.
@@ -1663,6 +1680,7 @@ class Loop:
         if not data:
             self.log("ExaBGP has gone (end of file on stdin)")
             self.running = False
+            self.unwatch(self.pipe)  # what is in it is for the successor
         *lines, self.heard = (self.heard + data).split(b"\n")
         now = self.now()
         for raw in lines:

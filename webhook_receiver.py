@@ -17,10 +17,10 @@ Exit codes: 0 a clean end, 1 unusable settings or address, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import email.utils
+import errno
 import functools
 import hmac
 import http
@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import socket
 import ssl
@@ -38,7 +39,7 @@ import time
 import urllib.parse
 from collections import Counter, deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from rtbh_controller import (
     DEFAULT_CONFIG,
@@ -54,6 +55,7 @@ from rtbh_controller import (
     Route,
     Settings,
     SettingsError,
+    Watch,
     check_prefix,
     describe_settings,
     load_settings,
@@ -64,6 +66,7 @@ from rtbh_controller import (
 
 HEAD_MAX = 16 * 1024  # bytes of request line and headers
 BODY_MAX = 64 * 1024  # bytes
+READ_SIZE = 64 * 1024  # bytes read from a client at once
 CLIENTS_MAX = 700  # connections; above, the one that has kept us waiting longest makes room
 REQUEST_TIMEOUT = 10.0  # seconds from the first byte of a request to its last
 IDLE_TIMEOUT = 60.0  # seconds without a request on a kept connection
@@ -74,6 +77,7 @@ CONFIRM = 1.0  # seconds until a line must show in the published state, or is wr
 RETRY = 1.0  # seconds until a line that could not be written is tried again
 WAIT_MAX = 10.0  # seconds that a client may ask to wait for the routers
 DURABLE_MAX = 1.0  # seconds that an answer waits for a slow disk
+SAY_PAUSE = 0.006  # seconds from a deed to its line in the log
 DRAIN = 1.5  # seconds for the last answers when the receiver stops
 
 # ---------------------------------------------------------------- what a body asks for
@@ -87,8 +91,7 @@ class Rejected(Exception):
         self.status, self.error, self.log, self.retry_after = status, error, log, retry_after
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a body asks for. `prefix` is None for withdraw-all; times in seconds, None: the default."""
 
     action: str
@@ -248,6 +251,9 @@ def read_orders(text: str, now: Now) -> dict[str, Order]:
             if "over" in record:
                 orders.pop(record["over"], None)
                 continue
+            if "shown" in record:
+                orders[record["shown"]] = orders[record["shown"]]._replace(shown=True)
+                continue
             order = Order(**record["order"])
             orders[order.prefix] = order
         except (ValueError, KeyError, TypeError):
@@ -366,7 +372,7 @@ class Desk:
             fate = fate_of(order, view.routes.get(prefix), view) if view.fresh(now) else "open"
             if fate == "shown" and not order.shown:
                 self.orders[prefix] = order._replace(shown=True)
-                records.append(self.orders[prefix].record())
+                records.append(json.dumps({"shown": prefix}))
             elif fate not in ("shown", "open") and self.seen(order, view, now):
                 del self.orders[prefix]
                 records.append(json.dumps({"over": prefix}))
@@ -508,6 +514,10 @@ class RequestReader:
     def feed(self, data: bytes) -> None:
         self.buffer += data
 
+    def pending(self) -> bool:
+        """Whether some of a request has come."""
+        return bool(self.buffer) or self.head is not None
+
     def next(self) -> HttpRequest | None:
         """The next whole request. Raises Rejected, and then nothing after it can be understood."""
         self.head = self.head or self.read_head()
@@ -600,65 +610,87 @@ def http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
 
 
-class Connection(asyncio.Protocol):
-    """One client: bytes in, requests one after another, answers out."""
+class Connection:
+    """One client: bytes in, requests one after another, answers out. Its socket never blocks."""
 
-    transport: asyncio.Transport
-
-    def __init__(self, service: Service) -> None:
-        self.service = service
+    def __init__(self, service: Service, client: socket.socket, peer: str) -> None:
+        self.service, self.socket, self.peer = service, client, peer
         self.reader = RequestReader()
         self.request: HttpRequest | None = None  # being answered
+        self.out = b""  # of answers, what the client has not taken yet
         self.closing = self.ended = False  # ended: the client has said all
         self.since = time.monotonic()  # when it began to keep us waiting
-        self.peer = ""
+        self.events = 0  # that the loop waits for
+        self.handshake_writes = False  # TLS cannot go on before it has written
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.peer = str((transport.get_extra_info("peername") or ["unknown"])[0])
-        self.service.welcome(self)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.closing = True
-        self.service.connections.discard(self)
-
-    def data_received(self, data: bytes) -> None:
-        if self.closing:
+    def ready(self) -> None:
+        """The client has sent something, has gone, or takes more of its answer."""
+        try:
+            if self.out:
+                self.flush()
+            data = None if self.out or self.ended else self.receive()
+        except OSError:
+            self.drop()
             return
-        if not self.reader.buffer and self.reader.head is None:
-            self.since = time.monotonic()
-        self.reader.feed(data)
-        if self.request is None:
-            self.advance()
-        elif len(self.reader.buffer) > HEAD_MAX + BODY_MAX:  # pipelined faster than answered
-            self.transport.pause_reading()
+        if data == b"":
+            self.ended = True  # it may still listen
+        elif data and not self.closing:
+            if not self.reader.pending():
+                self.since = time.monotonic()
+            self.reader.feed(data)
+        if self.ended and not self.out and (self.closing or not (self.request or self.reader.pending())):
+            self.drop()
+            return
+        self.advance()
+        self.watch()
 
-    def eof_received(self) -> bool:
-        """A client may have said all and still listen."""
-        self.ended = True
-        if self.request is None:
-            self.advance()
-        return not self.closing or bool(self.transport.get_write_buffer_size())
+    def receive(self) -> bytes | None:
+        """What has come; None when nothing has, nothing in it when the client has said all. Raises OSError."""
+        self.handshake_writes = False
+        try:
+            data = self.socket.recv(READ_SIZE)
+            while isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+                data += self.socket.recv(READ_SIZE)
+            return data
+        except ssl.SSLWantWriteError:
+            self.handshake_writes = True
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        return None
+
+    def watch(self) -> None:
+        """Wait for what may come next; one that sends faster than it is answered is not read meanwhile."""
+        behind = self.request is not None and len(self.reader.buffer) > HEAD_MAX + BODY_MAX
+        events = 0 if self.ended or self.out or behind else select.POLLIN
+        events |= select.POLLOUT if self.out or self.handshake_writes else 0
+        if events == self.events or self not in self.service.connections:
+            return
+        self.events = events
+        if events:
+            self.service.watch(self.socket.fileno(), self.ready, events)
+        else:
+            self.service.unwatch(self.socket.fileno())
 
     def advance(self) -> None:
-        """Serve the requests that are here, up to one whose answer takes a while."""
-        while self.request is None and not self.closing:
+        """Serve the requests that are here, up to one whose answer takes a while, or is not taken."""
+        while self.request is None and not self.closing and not self.out:
+            if not self.reader.pending():
+                if self.ended:
+                    self.close()
+                return
             try:
                 self.request = self.reader.next()
                 if self.request is None:
                     if self.reader.wants_continue:
                         self.reader.wants_continue = False
-                        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                        self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                     if not self.ended:
-                        return
-                    if not self.reader.buffer and self.reader.head is None:
-                        self.close()
                         return
                     raise Rejected(400, "body: shorter than Content-Length, or the headers were cut")
                 answer = self.service.serve(self.request, self)
             except Rejected as rejected:
                 if rejected.log:
-                    self.service.log(rejected.log)
+                    self.service.say(rejected.log)
                 answer = Answer(rejected.status, {"error": rejected.error}, rejected.retry_after)
             if answer:
                 self.send(answer)
@@ -666,8 +698,8 @@ class Connection(asyncio.Protocol):
     def respond(self, answer: Answer) -> None:
         """The answer to a request that had to wait."""
         self.send(answer)
-        self.transport.resume_reading()
         self.advance()
+        self.watch()
 
     def send(self, answer: Answer) -> None:
         method = self.request.method if self.request else ""
@@ -676,33 +708,60 @@ class Connection(asyncio.Protocol):
         self.request, self.since = None, time.monotonic()
         if self.closing:
             return
-        self.transport.write(render_answer(answer, method, keep_alive))
+        self.write(render_answer(answer, method, keep_alive))
         if not keep_alive:
+            self.close()
+
+    def write(self, data: bytes) -> None:
+        self.out += data
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            self.out = self.out[self.socket.send(self.out) :]
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        except OSError:
+            self.drop()
+        if self.closing and not self.out:
             self.close()
 
     def close(self) -> None:
         """End it so that the answer arrives: what the client still sends is read for a moment."""
         self.closing = True
-        if not self.transport.can_write_eof() or self.ended:
-            self.transport.close()
+        if self.out:
             return
         try:
-            self.transport.write_eof()
+            if isinstance(self.socket, ssl.SSLSocket):
+                with contextlib.suppress(ssl.SSLError, ValueError):
+                    self.socket.unwrap()  # says goodbye, does not wait for the client's
+            self.socket.shutdown(socket.SHUT_WR)
         except OSError:  # it has gone already
-            self.transport.abort()
+            self.drop()
+        if self.ended:
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget it."""
+        self.closing, self.out = True, b""
+        if self in self.service.connections:
+            self.service.connections.discard(self)
+            self.service.unwatch(self.socket.fileno())
+            self.socket.close()
 
     def check_time(self, now: float) -> None:
         """End it when it keeps us waiting too long."""
         waits = now - self.since
-        if self.closing:
-            if waits > LINGER:
-                self.transport.abort()
-        elif self.request is None and (self.reader.buffer or self.reader.head) and waits > REQUEST_TIMEOUT:
-            self.send(Answer(408, {"error": f"request: not complete after {REQUEST_TIMEOUT:.0f} seconds"}))
-        elif self.request is None and waits > IDLE_TIMEOUT:
-            self.transport.abort()
-        elif self.transport.get_write_buffer_size() and waits > REQUEST_TIMEOUT:
-            self.transport.abort()  # does not read its answer
+        if self.closing or self.out:
+            if waits > (REQUEST_TIMEOUT if self.out else LINGER):
+                self.drop()  # does not read its answer
+        elif self.request is None and self.reader.pending() and waits > REQUEST_TIMEOUT:
+            self.respond(Answer(408, {"error": f"request: not complete after {REQUEST_TIMEOUT:.0f} seconds"}))
+        elif self.request is None and waits > (REQUEST_TIMEOUT if self.handshaking() else IDLE_TIMEOUT):
+            self.drop()
+
+    def handshaking(self) -> bool:
+        return isinstance(self.socket, ssl.SSLSocket) and self.socket.version() is None
 
 
 # ---------------------------------------------------------------- the service
@@ -719,12 +778,12 @@ class Waiting(NamedTuple):
     until: float  # monotonic: to wait for the routers; 0: not at all
 
 
-class Service:
+class Service(Watch):
     """The desk, the pipe, the orders' file and the clients, all in one thread: no step of it is ever half done."""
 
-    def __init__(self, settings: Settings, log: Logger) -> None:
-        self.settings, self.log = settings, log
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, settings: Settings, log: Logger, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        super().__init__()
+        self.settings, self.log, self.listener, self.tls = settings, log, listener, tls
         self.desk = Desk(settings)
         self.pipe = Pipe(settings.paths.fifo)
         self.view = View(settings, {})
@@ -735,7 +794,13 @@ class Service:
         self.auth_failures = self.announced = 0
         self.durable = 0
         self.stopping = False
+        self.stop_at = math.inf  # monotonic: the last moment for an answer, when it is to stop
+        self.tick_at = self.say_at = 0.0  # monotonic
+        self.messages: list[str] = []
         self.pipe_trouble = ""
+        self.wake_read, self.wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        os.set_blocking(self.wake_write, False)
         path = os.path.join(settings.paths.state_dir, "webhook-orders")
         self.file = JournalFile(path, log, self.durable_up_to)
         now = self.now()
@@ -743,10 +808,79 @@ class Service:
         self.file.rewrite([order.record() for order in self.desk.orders.values()])
         if self.desk.orders:
             log(f"Took up {len(self.desk.orders)} orders of before")
-        self.tick()
 
     def now(self) -> Now:
         return Now(time.time(), time.monotonic())
+
+    def say(self, message: str) -> None:
+        """For the log, a moment later: ExaBGP and the client have the processor first."""
+        if not self.messages:
+            self.say_at = time.monotonic() + SAY_PAUSE
+        self.messages.append(message)
+
+    # -- the loop
+
+    def run(self, config: str | None) -> None:
+        """Serve until a signal, and let the clients that wait have their answers."""
+        signal.set_wakeup_fd(self.wake_write)  # the handlers do nothing: the loop reads the numbers
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        self.watch(self.wake_read, lambda: self.wake(config))
+        self.watch(self.listener.fileno(), self.accept)
+        while not self.stopping or (self.unanswered() and time.monotonic() < self.stop_at):
+            now = time.monotonic()
+            if now >= self.tick_at:
+                self.tick()
+            if self.messages and now >= self.say_at:
+                self.write_log()
+            due = min(self.tick_at, self.say_at if self.messages else math.inf)
+            if self.waiting:
+                if any(held.until for held in self.waiting):  # for the routers: look often
+                    self.look()
+                    due = min(due, now + 0.01)
+                while self.settle():
+                    pass
+            self.wait(max(0.0, due - time.monotonic()))
+        self.write_log()
+        for connection in list(self.connections):
+            connection.drop()
+
+    def unanswered(self) -> bool:
+        return bool(self.waiting) or any(connection.out for connection in self.connections)
+
+    def wake(self, config: str | None) -> None:
+        """A signal has come, or (0) the disk has what was appended."""
+        for number in os.read(self.wake_read, 64):
+            if number == signal.SIGHUP:
+                self.reload(config)
+            elif number:
+                self.stop()
+
+    def accept(self) -> None:
+        """Take a client; above CLIENTS_MAX the one that has kept us waiting longest goes."""
+        if len(self.connections) >= CLIENTS_MAX:
+            idle = [one for one in self.connections if one.request is None]
+            if idle:
+                min(idle, key=lambda one: one.since).drop()
+        try:
+            client, address = self.listener.accept()
+            client.setblocking(False)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.tls:
+                client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
+        except OSError as error:  # most often it has gone again
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.say(f"ERROR: cannot take a client: {error.strerror}")
+                self.unwatch(self.listener.fileno())  # until the next tick
+            return
+        connection = Connection(self, client, str(address[0]))
+        self.connections.add(connection)
+        connection.ready()  # its request is often here already
+
+    def write_log(self) -> None:
+        for message in self.messages:
+            self.log(message)
+        self.messages.clear()
 
     # -- requests
 
@@ -795,10 +929,8 @@ class Service:
         until = now.mono + request.wait if request.wait else 0.0
         patience = now.mono + DURABLE_MAX
         self.waiting.append(Waiting(connection, orders, decision.answer, number, patience, until))
-        if request.wait:
-            self.loop.call_soon(self.hurry)
-        elif self.file.failed or number <= self.durable:
-            self.settle(number)
+        if self.file.failed:
+            self.durable = number
         return None
 
     def dry_run(self, request: Request) -> str:
@@ -819,14 +951,15 @@ class Service:
 
     def durable_up_to(self, request: int) -> None:
         """Called in the file's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(self.settle, request)
+        self.durable = request
+        with contextlib.suppress(BlockingIOError):  # full: the loop is about to look anyhow
+            os.write(self.wake_write, b"\0")
 
-    def settle(self, request: int = 0) -> None:
-        """Give the answers that need wait no longer; `request`: up to which the file is durable."""
-        self.durable = max(self.durable, request)
+    def settle(self) -> bool:
+        """Give the answers that need wait no longer; whether there was any."""
         now = time.monotonic()
         waiting, self.waiting = self.waiting, []
+        answered = False
         for held in waiting:
             answer = held.answer
             if held.request > self.durable and now < held.patience:
@@ -839,6 +972,8 @@ class Service:
                     continue
                 answer = answer | {"delivered": delivered, "neighbors": told}
             held.connection.respond(Answer(200, answer))
+            answered = True
+        return answered
 
     def delivered(self, held: Waiting) -> tuple[bool, dict[str, str]]:
         """Whether every router with a session was told of all of it, and what each was (of the last)."""
@@ -848,13 +983,6 @@ class Service:
             delivered, told = delivery(order, self.view)
             done = done and delivered
         return done, told
-
-    def hurry(self) -> None:
-        """Look at the state often while a client waits for the routers."""
-        self.look()
-        self.settle()
-        if any(held.until for held in self.waiting):
-            self.loop.call_later(0.01, self.hurry)
 
     # -- the state, the orders, the clock
 
@@ -876,11 +1004,9 @@ class Service:
 
     def tick(self) -> None:
         """What time and the published state make necessary; again at the next end, or soon."""
-        try:
-            self.look()
-            self.work(self.now())
-        finally:  # whatever happens, the next end must not be missed
-            self.loop.call_later(min(0.25, max(0.005, self.desk.next_due() - time.monotonic())), self.tick)
+        self.look()
+        self.work(self.now())
+        self.tick_at = time.monotonic() + min(0.25, max(0.005, self.desk.next_due() - time.monotonic()))
 
     def work(self, now: Now) -> None:
         records, messages = self.desk.review(self.view, now)
@@ -895,7 +1021,8 @@ class Service:
             self.file.rewrite([order.record() for order in self.desk.orders.values()])
         for connection in list(self.connections):
             connection.check_time(now.mono)
-        self.settle()
+        if not self.stopping:
+            self.watch(self.listener.fileno(), self.accept)
         notify.watchdog(now.mono)
 
     def write(self, order: Order, now: Now) -> list[str]:
@@ -918,17 +1045,6 @@ class Service:
             self.log(f"AUTO-WITHDRAW {order.prefix} after {order.length}s timeout")
         self.desk.orders[order.prefix] = order._replace(again_at=now.mono + CONFIRM)
         return [order.record()]
-
-    def welcome(self, connection: Connection) -> None:
-        """A new client; when there are too many, the one that has kept us waiting longest goes."""
-        if len(self.connections) >= CLIENTS_MAX:
-            idle = [one for one in self.connections if one.request is None]
-            if idle:
-                slowest = min(idle, key=lambda one: one.since)
-                self.connections.discard(slowest)
-                slowest.closing = True
-                slowest.transport.abort()
-        self.connections.add(connection)
 
     # -- GET
 
@@ -1006,15 +1122,12 @@ class Service:
         for warning in warnings:
             self.log(f"WARNING: {warning}")
 
-    async def drain(self) -> None:
-        """Let the clients that wait have their answers, for a moment."""
-        self.stopping = True
-        end = time.monotonic() + DRAIN
-        self.settle()
-        while self.waiting and time.monotonic() < end:
-            await asyncio.sleep(0.01)
-        for connection in list(self.connections):
-            connection.transport.close()
+    def stop(self) -> None:
+        """Take no more clients; those who wait have their answers, for a moment."""
+        self.stopping, self.stop_at = True, time.monotonic() + DRAIN
+        notify("STOPPING=1")
+        self.unwatch(self.listener.fileno())
+        self.listener.close()
 
 
 def label(name: str, samples: Mapping[Any, float]) -> dict[str, float]:
@@ -1104,42 +1217,29 @@ def load_webhook_settings(path: str | None) -> tuple[Settings, list[str]]:
     return dataclasses.replace(settings, webhook=webhook), warnings
 
 
-async def run(settings: Settings, config: str | None, warnings: list[str], log: Logger) -> int:
+def serve(settings: Settings, config: str | None, warnings: list[str], log: Logger) -> int:
     """Serve until a signal; returns the exit code."""
-    loop = asyncio.get_running_loop()
-    loop.set_exception_handler(lambda _, context: log(f"ERROR: {printable(str(context.get('exception', context)))}"))
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     host, port = settings.webhook.listen
     try:
         tls = load_tls(settings)
     except OSError as error:
         print(f"rtbh-webhook: [webhook] tls_certificate, tls_key: {error}", file=sys.stderr)
         return 1
-    services: list[Service] = []  # made when the address is ours: two must never write one file
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        server = await loop.create_server(
-            lambda: Connection(services[0]), host, port, ssl=tls, backlog=512, start_serving=False,
-            ssl_handshake_timeout=REQUEST_TIMEOUT if tls else None,
-        )  # fmt: skip
+        listener = socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         print(f"rtbh-webhook: [webhook] cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
         return 1
-    service = Service(settings, log)
-    services.append(service)
-    loop.add_signal_handler(signal.SIGHUP, service.reload, config)
+    listener.setblocking(False)
+    service = Service(settings, log, listener, tls)  # now that the address is ours: two must never write one file
     for warning in warnings:
         log(f"WARNING: {warning}")
-    await server.start_serving()
-    port = server.sockets[0].getsockname()[1]
+    port = listener.getsockname()[1]
     log(f"Webhook receiver listening on port {port}")
     print(f"Listening on {f'[{host}]' if ':' in host else host}:{port}", flush=True)
     notify("READY=1")
-    await stop.wait()
-    notify("STOPPING=1")
-    server.close()
-    await service.drain()
+    service.run(config)
     log("Webhook receiver stopped")
     return 0
 
@@ -1163,7 +1263,7 @@ def main() -> int:
         return 0
     log = Logger(settings.paths.webhook_log)
     try:
-        return asyncio.run(run(settings, options.config, warnings, log))
+        return serve(settings, options.config, warnings, log)
     finally:
         log.close()
 
