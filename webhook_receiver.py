@@ -464,23 +464,31 @@ class Pipe:
 
     def write(self, line: str) -> None:
         """Write one line, of at most PIPE_BUF bytes, whole. Raises OSError when the controller can't take it."""
-        self.open()
+        if self.descriptor < 0:
+            self.open()
         data = f"{line}\n".encode("ascii")
         if os.write(self.descriptor, data) != len(data):
             raise OSError("the line was cut")
 
     def open(self) -> None:
-        """Open the FIFO, anew when another has taken its place. ENXIO: nobody reads it."""
+        """Raises OSError; ENXIO: nobody reads it."""
         found = os.stat(self.path)
         if not stat.S_ISFIFO(found.st_mode):
             raise OSError(f"{self.path} is not a FIFO")
-        identity = (found.st_dev, found.st_ino)
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
+        self.identity = (found.st_dev, found.st_ino)
+
+    def look(self) -> None:
+        """Let go of a FIFO in whose place another has come; the controller reads the old one to its end."""
         if self.descriptor >= 0:
-            if identity == self.identity:
-                return
-            os.close(self.descriptor)
-            self.descriptor = -1
-        self.descriptor, self.identity = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK), identity
+            try:
+                found = os.stat(self.path)
+                replaced = (found.st_dev, found.st_ino) != self.identity
+            except OSError:
+                replaced = True
+            if replaced:
+                os.close(self.descriptor)
+                self.descriptor = -1
 
 
 # ---------------------------------------------------------------- HTTP/1.1 (RFC 9112)
@@ -865,7 +873,6 @@ class Service(Watch):
         try:
             client, address = self.listener.accept()
             client.setblocking(False)
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.tls:
                 client = self.tls.wrap_socket(client, server_side=True, do_handshake_on_connect=False)
         except OSError as error:  # most often it has gone again
@@ -1005,6 +1012,7 @@ class Service(Watch):
     def tick(self) -> None:
         """What time and the published state make necessary; again at the next end, or soon."""
         self.look()
+        self.pipe.look()
         self.work(self.now())
         self.tick_at = time.monotonic() + min(0.25, max(0.005, self.desk.next_due() - time.monotonic()))
 
@@ -1232,6 +1240,7 @@ def serve(settings: Settings, config: str | None, warnings: list[str], log: Logg
         print(f"rtbh-webhook: [webhook] cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
         return 1
     listener.setblocking(False)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its clients' sockets inherit it
     service = Service(settings, log, listener, tls)  # now that the address is ours: two must never write one file
     for warning in warnings:
         log(f"WARNING: {warning}")
