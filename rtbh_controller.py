@@ -1713,6 +1713,7 @@ class Loop(Watch):
                 if not self.out:
                     break
                 self.out = self.out[os.write(1, self.out) :]
+                os.sched_yield()  # Linux wakes a pipe's reader on the writer's processor, where it would wait for us
         except BlockingIOError:
             pass
         except BrokenPipeError:

@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import email.utils
 import errno
+import fcntl
 import functools
 import hmac
 import http
@@ -469,6 +470,7 @@ class Pipe:
         data = f"{line}\n".encode("ascii")
         if os.write(self.descriptor, data) != len(data):
             raise OSError("the line was cut")
+        os.sched_yield()  # Linux wakes a pipe's reader on the writer's processor, where it would wait for us
 
     def open(self) -> None:
         """Raises OSError; ENXIO: nobody reads it."""
@@ -1225,6 +1227,19 @@ def load_webhook_settings(path: str | None) -> tuple[Settings, list[str]]:
     return dataclasses.replace(settings, webhook=webhook), warnings
 
 
+def lock_state(directory: str) -> int:
+    """The descriptor of the lock on the orders' file, which must have one writer; -1 when the disk is at fault.
+
+    Raises BlockingIOError while another receiver holds it.
+    """
+    try:
+        lock = os.open(os.path.join(directory, "webhook-lock"), os.O_WRONLY | os.O_CREAT, 0o600)
+    except OSError:
+        return -1  # the log says so when the orders can't be written
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
 def serve(settings: Settings, config: str | None, warnings: list[str], log: Logger) -> int:
     """Serve until a signal; returns the exit code."""
     host, port = settings.webhook.listen
@@ -1239,9 +1254,14 @@ def serve(settings: Settings, config: str | None, warnings: list[str], log: Logg
     except OSError as error:
         print(f"rtbh-webhook: [webhook] cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
         return 1
+    try:
+        lock = lock_state(settings.paths.state_dir)
+    except BlockingIOError:
+        print(f"rtbh-webhook: [paths] another receiver uses {settings.paths.state_dir}", file=sys.stderr)
+        return 1
     listener.setblocking(False)
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its clients' sockets inherit it
-    service = Service(settings, log, listener, tls)  # now that the address is ours: two must never write one file
+    service = Service(settings, log, listener, tls)
     for warning in warnings:
         log(f"WARNING: {warning}")
     port = listener.getsockname()[1]
@@ -1250,6 +1270,8 @@ def serve(settings: Settings, config: str | None, warnings: list[str], log: Logg
     notify("READY=1")
     service.run(config)
     log("Webhook receiver stopped")
+    if lock >= 0:
+        os.close(lock)
     return 0
 
 

@@ -584,11 +584,35 @@ def test_tls(stopped: Receiver) -> None:
     stopped.start()
     with contextlib.suppress(ConnectionResetError):
         assert stopped.raw(b"POST / HTTP/1.1\r\n\r\n") == b""  # no TLS, no answer
+    silent = socket.create_connection(("127.0.0.1", stopped.port), 10)  # never begins with TLS: holds up nobody
     trust = ssl.create_default_context(cafile=str(certificate))
     connection = http.client.HTTPSConnection("127.0.0.1", stopped.port, timeout=10, context=trust)
     with contextlib.closing(connection):
-        connection.request("POST", "/", BODY, {"X-Auth-Token": TOKEN})
-        assert read(connection.getresponse())[0] == 200
+        for length in (0, 30_000):  # the second in several records
+            body = json.dumps({"target_ip": "192.0.2.1"}) + " " * length
+            connection.request("POST", "/", body, {"X-Auth-Token": TOKEN})
+            assert read(connection.getresponse())[0] == 200
+        metrics = f"GET /metrics HTTP/1.1\r\nX-Auth-Token: {TOKEN}\r\n\r\n".encode()
+        connection.sock.sendall(metrics * 300 + b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n")
+        answers = b"".join(iter(lambda: connection.sock.recv(65536), b""))
+        assert answers.count(b"HTTP/1.1 200") == 300
+        assert b"HTTP/1.1 404" in answers
+    silent.close()
+
+
+def test_a_client_that_asks_much_and_reads_late_gets_all_of_it(receiver: Receiver) -> None:
+    count = 2000  # some 6 MB of answers: more than the sockets' buffers
+    with socket.create_connection(("127.0.0.1", receiver.port), 10) as client:
+        client.settimeout(20)
+        asked = threading.Thread(
+            target=client.sendall, args=(b"GET /metrics HTTP/1.1\r\n\r\n" * count + b"GET / HTTP/1.0\r\n\r\n",)
+        )
+        asked.start()
+        assert receiver.post(BODY)[0] == 200  # others are served meanwhile
+        answers = b"".join(iter(lambda: client.recv(65536), b""))
+        asked.join()
+    assert answers.count(b"HTTP/1.1 200") == count
+    assert answers.count(b"HTTP/1.1 404") == 1
 
 
 def test_ipv6_loopback(stopped: Receiver) -> None:
@@ -634,6 +658,11 @@ def test_a_token_from_a_file(stopped: Receiver) -> None:
     stopped.start_controller()
     stopped.start()
     assert stopped.post(BODY, token="from-a-file")[0] == 200
+
+
+def test_a_second_receiver_does_not_write_the_first_ones_orders(receiver: Receiver) -> None:
+    receiver.configure()
+    assert f"[paths] another receiver uses {receiver.directory}" in refuses(receiver)
 
 
 def test_a_port_that_is_taken_is_named(receiver: Receiver) -> None:
