@@ -12,8 +12,8 @@ Words of the form key=value may follow a prefix: until=EPOCH (the end of the bla
 (a withdraw with an id ends only the announcement of that id), source=WORD, reason=TEXT (values
 percent-encoded). Every other word is ignored. Background: RFC 5635, RFC 7999.
 
-Signals: SIGTERM and SIGINT withdraw every route and end the controller; SIGHUP rereads the
-settings. End of file on stdin (ExaBGP is gone) ends it too.
+Signals: SIGTERM and SIGINT withdraw every route and end the controller; SIGHUP (which --reload
+sends to the running one) rereads the settings. End of file on stdin (ExaBGP is gone) ends it too.
 Exit codes: 0 a clean end, 1 unusable settings, 2 wrong usage.
 """
 
@@ -391,9 +391,8 @@ def load_settings(path: str | None, ignore: str = "") -> tuple[Settings, list[st
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([f"{path}: cannot be read: {error}"]) from None
     warnings = [fault for fault in faults if ignore and fault.startswith(f"[{ignore}]")]
-    fatal = [f"{path}: {fault}" for fault in faults if fault not in warnings]
-    if fatal:
-        raise SettingsError(fatal)
+    if len(warnings) < len(faults):
+        raise SettingsError([f"{path}: {fault}" for fault in faults])
     if not settings.safety.allowed:
         warnings.append("[safety] allowed is empty: any prefix may be blackholed; list your own prefixes there")
     return settings, warnings
@@ -1796,6 +1795,20 @@ def print_status(path: str) -> int:
     return 0 if alive and any(n["state"] == "up" for n in state["neighbors"].values()) else 1
 
 
+def reload_running(path: str) -> int:
+    """Have the controller that publishes this state reread its settings; 1 when there is none."""
+    state = read_state(path)
+    if not -3 <= time.time() - state.get("heartbeat", 0.0) <= 3:
+        print(f"no controller runs: {path} is old or missing", file=sys.stderr)
+        return 1
+    try:
+        os.kill(state["pid"], signal.SIGHUP)
+    except OSError as error:
+        print(f"the controller, process {state['pid']}, can't be signalled: {error.strerror}", file=sys.stderr)
+        return 1
+    return 0
+
+
 class LastGood:
     """The settings that this ExaBGP's controllers have run with, kept for the next one."""
 
@@ -1838,17 +1851,21 @@ def main() -> int:
     parser.add_argument("--config", metavar="PATH", help=f"settings (default: $RTBH_CONFIG, else {DEFAULT_CONFIG})")
     parser.add_argument("--check", action="store_true", help="validate the settings, print what is in force, exit")
     parser.add_argument("--status", action="store_true", help="print what is blackholed, and the BGP sessions, exit")
+    parser.add_argument("--reload", action="store_true", help="have the running controller reread the settings, exit")
     options = parser.parse_args()
+    asks = options.check or options.status or options.reload
     try:
-        settings, warnings = load_settings(options.config, ignore="" if options.check else "webhook")
+        settings, warnings = load_settings(options.config, ignore="webhook")
     except SettingsError as error:
         print(f"rtbh-controller: {error}", file=sys.stderr)
-        last_good = None if options.check or options.status else last_good_settings(options.config)
+        last_good = None if asks else last_good_settings(options.config)
         if last_good is None:
             return 1
         settings, warnings = last_good, [f"the settings can't be used, the last good ones are in force: {error}"]
     if options.status:
         return print_status(settings.paths.state_file)
+    if options.reload:
+        return reload_running(settings.paths.state_file)
     if options.check:
         print(describe_settings(settings))
         print("".join(f"warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)

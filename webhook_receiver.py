@@ -1123,7 +1123,9 @@ class Service(Watch):
             settings, warnings = load_webhook_settings(config)
         except SettingsError as error:
             self.log(f"ERROR: settings not reloaded, the old ones stay: {error}")
+            notify(f"STATUS=settings not reloaded: {error}")
             return
+        notify("STATUS=")
         settings = dataclasses.replace(settings, paths=self.settings.paths)
         self.settings = self.desk.settings = settings
         self.looked_at = ()  # the guards of the view are made anew
@@ -1196,10 +1198,11 @@ def load_tls(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def load_webhook_settings(path: str | None) -> tuple[Settings, list[str]]:
+def load_webhook_settings(path: str | None, needs_token: bool = True) -> tuple[Settings, list[str]]:
     """The settings with the token read from its file. Raises SettingsError, too when no token is usable.
 
-    Without token and token_file the systemd credential `rtbh-token` is taken, when there is one.
+    Without token and token_file the systemd credential `rtbh-token` is taken, when there is one;
+    without `needs_token` there may be none.
     """
     settings, warnings = load_settings(path)
     webhook = settings.webhook
@@ -1216,7 +1219,7 @@ def load_webhook_settings(path: str | None) -> tuple[Settings, list[str]]:
         if not re.fullmatch("[!-~]{1,512}", token):
             raise SettingsError([f"[webhook] token_file: {token_file} must hold one line of printable ASCII"])
         webhook = dataclasses.replace(webhook, token=token)
-    if not webhook.token:
+    if not webhook.token and needs_token:
         raise SettingsError(["[webhook] token: no token is set; set token or token_file"])
     if webhook.token == PLACEHOLDER_TOKEN:
         if not ipaddress.ip_address(webhook.listen[0]).is_loopback:
@@ -1267,7 +1270,7 @@ def serve(settings: Settings, config: str | None, warnings: list[str], log: Logg
     port = listener.getsockname()[1]
     log(f"Webhook receiver listening on port {port}")
     print(f"Listening on {f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    notify("READY=1")
+    notify("READY=1\nSTATUS=")
     service.run(config)
     log("Webhook receiver stopped")
     if lock >= 0:
@@ -1281,13 +1284,18 @@ def main() -> int:
     )
     parser.add_argument("--config", metavar="PATH", help=f"settings (default: $RTBH_CONFIG, else {DEFAULT_CONFIG})")
     parser.add_argument("--check", action="store_true", help="validate the settings, print what is in force, exit")
+    parser.add_argument("--reload", metavar="PID", type=int, help="validate, then have that receiver reread them, exit")
     options = parser.parse_args()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the loop is there
     try:
-        settings, warnings = load_webhook_settings(options.config)
+        # systemd passes the token to the service alone, not to a command that reloads it
+        settings, warnings = load_webhook_settings(options.config, needs_token=options.reload is None)
     except SettingsError as error:
         print(f"rtbh-webhook: {error}", file=sys.stderr)
         return 1
+    if options.reload is not None:
+        os.kill(options.reload, signal.SIGHUP)
+        return 0
     if options.check:
         print(describe_settings(settings))
         print("".join(f"warning: {warning}\n" for warning in warnings), end="", file=sys.stderr)

@@ -87,6 +87,18 @@ def start_trio(directory: Path) -> Iterator[StartTrio]:
         yield start
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs root is skipped without it; with RTBH_NO_SKIPS it is left out here, and run as root elsewhere."""
+    if os.geteuid() == 0:
+        return
+    needing = [item for item in items if item.get_closest_marker("root")]
+    if os.environ.get("RTBH_NO_SKIPS"):
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]
+    for item in needing:
+        item.add_marker(pytest.mark.skip(reason="root is needed: sudo .venv/bin/pytest -m root"))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """With RTBH_NO_SKIPS set, where everything is installed, a skipped test is a failure of the run."""
