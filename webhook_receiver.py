@@ -1270,7 +1270,7 @@ def serve(settings: Settings, config: str | None, warnings: list[str], log: Logg
     port = listener.getsockname()[1]
     log(f"Webhook receiver listening on port {port}")
     print(f"Listening on {f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    notify("READY=1\nSTATUS=")
+    notify("READY=1")
     service.run(config)
     log("Webhook receiver stopped")
     if lock >= 0:
