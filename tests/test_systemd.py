@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import re
 import subprocess
@@ -16,10 +17,12 @@ import pytest
 
 from conftest import cache_directory
 from guest import CannotRun, Guest, Namespace, needs
-from lab import ROOT, LabError, Process, clean_environment, wait_for
+from lab import ROOT, LabError, Process, clean_environment
+from lab import wait_for as wait
 
 pytestmark = pytest.mark.root
 
+wait_for = functools.partial(wait, seconds=60)  # services are started again after 5 s, and guests share processors
 SOURCE = "/opt/source"  # where a guest sees the checkout
 WHEELS = "/opt/wheels"
 PIPE = "/run/exabgp/rtbh.pipe"
@@ -92,7 +95,9 @@ class Host:
         return found
 
     def wait_for(self, prefixes: set[str], seconds: float = 30.0) -> None:
-        wait_for(f"{prefixes or 'nothing'} at the router", lambda: self.router.blackholes() == prefixes, seconds)
+        wait_for(
+            f"{prefixes or 'nothing'} at the router", lambda: self.router.blackholes() == prefixes, seconds=seconds
+        )
 
     def main_pid(self, unit: str) -> int:
         return int(self.run("systemctl", "show", "--property=MainPID", "--value", unit))
@@ -259,7 +264,7 @@ def test_restart_and_reboot_forget_or_bring_back(host: Host, restore: str, back:
     host.guest.power_off()
     host.wait_for(set())
     host.boot()  # enabled units start by themselves
-    wait_for("the session", lambda: "neighbor 198.51.100.1 up" in host.status(), 60)
+    wait_for("the session", lambda: "neighbor 198.51.100.1 up" in host.status())
     host.wait_for(back)
 
 
