@@ -1339,6 +1339,7 @@ class JournalFile:
         self.failed = ""
         self.durable = 0  # bytes of the size, when last the thread was asked
         self.wanted: queue.SimpleQueue[int] = queue.SimpleQueue()  # requests
+        self.lost: OSError | None = None  # what the thread met: the disk took the bytes, and did not keep them
         threading.Thread(target=self.run, daemon=True).start()
 
     def read(self) -> str:
@@ -1365,7 +1366,14 @@ class JournalFile:
 
     def full(self) -> bool:
         """Whether a snapshot is due: the journal has grown long, or could not be written."""
-        return self.size > self.limit or bool(self.failed)
+        return self.check() or self.size > self.limit
+
+    def check(self) -> bool:
+        """Whether the last that was appended is not on disk, and can't be."""
+        if self.lost:
+            self.fail(self.lost)
+            self.lost = None
+        return bool(self.failed)
 
     def rewrite(self, records: list[str]) -> None:
         """Begin a new journal that holds these records, and put it in the place of the old one."""
@@ -1408,8 +1416,13 @@ class JournalFile:
     def run(self) -> None:
         while True:
             request = newest(self.wanted)
-            with contextlib.suppress(OSError, ValueError):  # it may be closed under us, for a new one
+            try:
                 os.fdatasync(self.descriptor)
+            except ValueError:  # closed under us, for a new one
+                pass
+            except OSError as error:
+                if error.errno != errno.EBADF:  # the same
+                    self.lost = error
             self.on_durable(request)
 
 

@@ -37,6 +37,7 @@ import ssl
 import stat
 import sys
 import time
+import traceback
 import urllib.parse
 from collections import Counter, deque
 from collections.abc import Mapping
@@ -702,6 +703,13 @@ class Connection:
                 if rejected.log:
                     self.service.say(rejected.log)
                 answer = Answer(rejected.status, {"error": rejected.error}, rejected.retry_after)
+            except Exception as error:  # a fault of ours: this request alone fails, the timers go on
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                self.service.say(
+                    f"ERROR: a request of {self.peer} failed, please report it: "
+                    f"{type(error).__name__} at {os.path.basename(where.filename)}:{where.lineno}: {error}"
+                )
+                answer = Answer(500, {"error": "The receiver made a mistake; its log says which"})
             if answer:
                 self.send(answer)
 
@@ -933,8 +941,6 @@ class Service(Watch):
         number = self.file.synchronize()
         self.announced += decision.charged
         self.log(decision.log)
-        if self.file.failed:
-            decision.answer.setdefault("warning", "the timer could not be written to disk")
         until = now.mono + request.wait if request.wait else 0.0
         patience = now.mono + DURABLE_MAX
         self.waiting.append(Waiting(connection, orders, decision.answer, number, patience, until))
@@ -974,6 +980,8 @@ class Service(Watch):
             if held.request > self.durable and now < held.patience:
                 self.waiting.append(held)
                 continue
+            if self.file.check() or held.request > self.durable:
+                answer.setdefault("warning", "the timer could not be written to disk")
             if held.until:
                 delivered, told = self.delivered(held)
                 if not delivered and now < held.until and self.view.any_up() and not self.stopping:

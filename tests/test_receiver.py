@@ -400,6 +400,31 @@ def test_a_full_disk_is_warned_about_and_stops_nothing(receiver: Receiver) -> No
     wait_for("the disk", lambda: orders.exists() and "192.0.2.1/32" in orders.read_text())
 
 
+def test_a_disk_that_takes_the_bytes_and_loses_them_is_warned_about(receiver: Receiver) -> None:
+    orders = receiver.directory / "webhook-orders"
+    kill(receiver)
+    orders.with_name("webhook-orders.new").symlink_to("/dev/null")  # fdatasync fails there, write does not
+    receiver.start()
+    status, answer = receiver.post(BODY)
+    assert (status, "disk" in answer["warning"]) == (200, True)
+    assert wait_for("a good file", lambda: "192.0.2.1/32" in orders.read_text())
+    assert "warning" not in receiver.post(BODY)[1]
+    assert receiver.logged("cannot write the journal")
+
+
+def test_a_mistake_of_ours_ends_one_request_alone(receiver: Receiver) -> None:
+    receiver.stop_controller()
+    state = receiver.directory / "state.json"
+    found = json.loads(state.read_text())
+    found["neighbors"]["127.0.0.1"]["since"] = "noon"  # of another version, say
+    state.write_text(json.dumps(found))
+    wait_for("it to be read", lambda: receiver.get("/status")[0] == 500)
+    assert "log" in receiver.get("/status")[1]["error"]
+    wait_for("the log", lambda: receiver.logged("a request of 127.0.0.1 failed"))
+    assert not receiver.logged("Traceback")
+    assert receiver.get("/nothing")[0] == 404
+
+
 def test_systemd_is_told(stopped: Receiver) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(stopped.directory / "notify"))
