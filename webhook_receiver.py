@@ -1258,7 +1258,7 @@ def serve(settings: Settings, config: str | None, warnings: list[str], log: Logg
         tls = load_tls(settings)
     except OSError as error:
         print(f"rtbh-webhook: [webhook] tls_certificate, tls_key: {error}", file=sys.stderr)
-        return 1
+        return os.EX_CONFIG
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=512)
@@ -1300,7 +1300,7 @@ def main() -> int:
         settings, warnings = load_webhook_settings(options.config, needs_token=options.reload is None)
     except SettingsError as error:
         print(f"rtbh-webhook: {error}", file=sys.stderr)
-        return 1
+        return os.EX_CONFIG  # its unit does not try again
     if options.reload is not None:
         os.kill(options.reload, signal.SIGHUP)
         return 0

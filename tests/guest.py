@@ -117,8 +117,10 @@ class Guest:
 
     def run(self, *command: str, check: bool = True, **environment: str) -> str:
         """What a command prints on stdout, run in the guest as root."""
-        enter = ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-n", "-C", "-r", "-w"]
-        return run([*enter, *command], check, **environment)
+        return run(self.enter(*command), check, **environment)
+
+    def enter(self, *command: str) -> list[str]:
+        return ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-n", "-C", "-r", "-w", *command]
 
     def shell(self, text: str, check: bool = True) -> str:
         return self.run("bash", "-euo", "pipefail", "-c", text, check=check)

@@ -648,12 +648,12 @@ def test_ipv6_loopback(stopped: Receiver) -> None:
         assert read(connection.getresponse())[0] == 404
 
 
-def refuses(receiver: Receiver) -> str:
+def refuses(receiver: Receiver, code: int = os.EX_CONFIG) -> str:
     """What a receiver that can't start says."""
     result = subprocess.run(
         [*RECEIVER, "--config", str(receiver.config)], capture_output=True, text=True, timeout=20, check=False
     )
-    assert result.returncode == 1
+    assert result.returncode == code
     assert "Traceback" not in result.stderr
     return result.stderr
 
@@ -687,9 +687,9 @@ def test_a_token_from_a_file(stopped: Receiver) -> None:
 
 def test_a_second_receiver_does_not_write_the_first_ones_orders(receiver: Receiver) -> None:
     receiver.configure()
-    assert f"[paths] another receiver uses {receiver.directory}" in refuses(receiver)
+    assert f"[paths] another receiver uses {receiver.directory}" in refuses(receiver, code=1)
 
 
 def test_a_port_that_is_taken_is_named(receiver: Receiver) -> None:
     receiver.configure(listen=f"127.0.0.1:{receiver.port}")
-    assert f"[webhook] cannot listen on 127.0.0.1:{receiver.port}: " in refuses(receiver)
+    assert f"[webhook] cannot listen on 127.0.0.1:{receiver.port}: " in refuses(receiver, code=1)

@@ -322,23 +322,41 @@ def test_a_receiver_that_hangs_is_started_again(host: Host) -> None:
     assert host.run("journalctl", "--quiet", "--unit", "exabgp-webhook", "--grep", "Watchdog timeout")
 
 
-def test_a_mistake_in_the_settings_is_named_and_once_mended_all_starts_by_itself(host: Host) -> None:
+def test_a_mistake_in_a_file_is_named_in_the_status(host: Host) -> None:
     host.start()
-    host.run("systemctl", "stop", "exabgp")
-    file = host.guest.path("/etc/exabgp/rtbh.conf")
-    good = file.read_text()
-    file.write_text(good + "\n[safety2]\n")
-    with pytest.raises(LabError, match="the control process exited with error code"):
-        host.run("systemctl", "start", "exabgp")
-    status = host.run("systemctl", "status", "--no-pager", "exabgp", check=False)
-    assert "ExecStartPre=/etc/exabgp/rtbh-controller.py --check (code=exited, status=1/FAILURE)" in status
-    assert "[safety2]: unknown section" in host.run("journalctl", "--unit", "exabgp", "--lines", "5")
-    # In [webhook] it stops the receiver alone.
-    file.write_text(good.replace("#listen = 127.0.0.1:8099", "listen = here"))
-    wait_for("the session", lambda: "neighbor 198.51.100.1 up" in host.status())
-    host.run("systemctl", "start", "exabgp-webhook", check=False)
-    assert "[webhook] listen: " in host.run("journalctl", "--unit", "exabgp-webhook", "--lines", "5")
-    file.write_text(good)
+    file, bgp = (host.guest.path(f"/etc/exabgp/{name}") for name in ("rtbh.conf", "exabgp.conf"))
+    for path, good, bad, unit, named in (
+        (file, "[safety]", "[safety2]", "exabgp", "[safety2]: unknown section"),
+        (file, "#max_routes = 50", "max_routes = many", "exabgp", "[safety] max_routes: "),
+        (bgp, "hold-time 90;", "hold-time 90", "exabgp", "exabgp.conf is not a valid config file"),
+        (file, "#listen = 127.0.0.1:8099", "listen = here", "exabgp-webhook", "[webhook] listen: "),
+    ):
+        before = path.read_text()
+        assert good in before
+        path.write_text(before.replace(good, bad))
+        with pytest.raises(LabError, match="Job for exabgp"):
+            host.run("systemctl", "restart", unit)
+        status = host.run("systemctl", "status", "--no-pager", unit, check=False)
+        assert named in status
+        assert "Active: failed" in status
+        path.write_text(before)
+        host.run("systemctl", "start", unit)
+    wait_for("the receiver", lambda: host.run("systemctl", "is-active", "exabgp-webhook", check=False) == "active\n")
+
+
+def test_a_fault_that_may_pass_is_tried_again(host: Host) -> None:
+    host.start()
+    host.run("systemctl", "stop", "exabgp-webhook")
+    take = "import socket; s = socket.create_server(('127.0.0.1', 8099)); print(flush=True); input()"
+    with subprocess.Popen(
+        host.guest.enter("python3", "-c", take), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdin
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(LabError, match="the control process exited with error code"):
+            host.run("systemctl", "start", "exabgp-webhook")
+        other.stdin.close()
     wait_for("the receiver", lambda: host.run("systemctl", "is-active", "exabgp-webhook", check=False) == "active\n")
 
 
