@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from guest import CannotRun
 from lab import Trio, Upstream
+from topology import ROUTERS, Router, Site
 
 EXABGP_VERSIONS = ("5.0.15", "4.2.25")
 
@@ -87,6 +89,29 @@ def start_trio(directory: Path) -> Iterator[StartTrio]:
         yield start
 
 
+MakeSite = Callable[[type[Router]], Site]
+
+
+@pytest.fixture
+def make_site(directory: Path, newest_exabgp: str) -> Iterator[MakeSite]:
+    """A function that builds the network around a router of that kind."""
+    with contextlib.ExitStack() as stack:
+
+        def make(kind: type[Router]) -> Site:
+            try:
+                return Site(directory, newest_exabgp, kind, stack)
+            except CannotRun as error:
+                pytest.skip(str(error))
+
+        yield make
+
+
+@pytest.fixture(params=ROUTERS, ids=lambda kind: kind.name)
+def site(request: pytest.FixtureRequest, make_site: MakeSite) -> Site:
+    """The network, once around each router."""
+    return make_site(request.param)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What needs root is skipped without it; with RTBH_NO_SKIPS it is left out here, and run as root elsewhere."""
     if os.geteuid() == 0:
@@ -97,6 +122,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in needing]
     for item in needing:
         item.add_marker(pytest.mark.skip(reason="root is needed: sudo .venv/bin/pytest -m root"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.markexpr == "not slow and not root":
+        terminalreporter.write_line("Left out: real routers and a real systemd (sudo .venv/bin/pytest -m root -n 2),")
+        terminalreporter.write_line("          and what takes minutes (.venv/bin/pytest -m slow).")
 
 
 @pytest.hookimpl(trylast=True)

@@ -20,6 +20,9 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "SYSTEMD_PAGER": "", "SYSTEMD_COLORS": "0"}
 CGROUPS = Path("/sys/fs/cgroup/unified") if Path("/sys/fs/cgroup/unified").exists() else Path("/sys/fs/cgroup")
 
+# Duplicate address detection keeps an interface's IPv6 silent for its first second or two.
+NO_DAD = "for kind in all default; do echo 0 >/proc/sys/net/ipv6/conf/$kind/accept_dad; done"
+
 
 class CannotRun(Exception):
     """This machine lacks something; the text says what."""
@@ -40,7 +43,7 @@ class Namespace:
     def __init__(self) -> None:
         needs("ip", "nsenter", "unshare")
         self.holder = subprocess.Popen(
-            ["unshare", "--net", "sh", "-c", "ip link set lo up && echo up && exec sleep infinity"],
+            ["unshare", "--net", "sh", "-c", f"{NO_DAD}; ip link set lo up && echo up && exec sleep infinity"],
             stdout=subprocess.PIPE,
             env=ENVIRONMENT,
         )
@@ -61,7 +64,7 @@ class Namespace:
         """A cable to another namespace: the interface names at both ends, then my and its address for each subnet."""
         self.run("ip", "link", "add", mine, "type", "veth", "peer", "name", its, "netns", str(other.pid))
         for name, where, given in ((mine, self, addresses[::2]), (its, other, addresses[1::2])):
-            for address in given:
+            for address in filter(None, given):
                 nodad = ["nodad"] if ":" in address else []
                 where.run("ip", "address", "add", address, "dev", name, *nodad)
             where.run("ip", "link", "set", name, "up")

@@ -230,6 +230,7 @@ class Trio:
         self.state_file = directory / "state.json"
         self.token = secrets.token_hex(16)
         self.hold_time = 90
+        self.inside: list[str] = []  # what runs a command where the trio is to be, such as a namespace
         self.static = ""
         self.patience = START
         self.port = port
@@ -274,7 +275,7 @@ class Trio:
     def run_exabgp(self) -> None:
         self.daemon = Process(
             "ExaBGP",
-            [self.exabgp, str(self.directory / "exabgp.conf")],
+            [*self.inside, self.exabgp, str(self.directory / "exabgp.conf")],
             self.directory / "exabgp.log",
             exabgp_environment(),
         )
@@ -299,7 +300,7 @@ neighbor {address} {{
     def start_receiver(self) -> None:
         log = self.directory / "receiver.out"
         log.unlink(missing_ok=True)  # what one before it said
-        command = [sys.executable, str(ROOT / "webhook_receiver.py"), "--config", str(self.config)]
+        command = [*self.inside, sys.executable, str(ROOT / "webhook_receiver.py"), "--config", str(self.config)]
         self.receiver = receiver = Process("the webhook receiver", command, log, clean_environment())
 
         def ready() -> str:
