@@ -37,10 +37,20 @@ class LabError(Exception):
     """The lab can't run; the text says what is in the way."""
 
 
+RESERVED: list[socket.socket] = []
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that the system says is free."""
-    with socket.create_server((host, 0)) as server:
-        return int(server.getsockname()[1])
+    """A TCP port that the system says is free, and gives to nobody else while this process lives.
+
+    The socket that keeps it is bound and does not listen: so a program that sets SO_REUSEADDR, as
+    servers do, may listen there, while the system hands the number out no more.
+    """
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind((host, 0))
+    RESERVED.append(kept)
+    return int(kept.getsockname()[1])
 
 
 def wait_for(what: str, test: Callable[[], Any], seconds: float = START) -> Any:

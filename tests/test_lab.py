@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import ROOT, Process, clean_environment, wait_for
+from lab import ROOT, Process, clean_environment, free_port, wait_for
 from rtbh_controller import Settings, load_settings
 
 LAB = [sys.executable, str(ROOT / "tests" / "lab.py")]
@@ -122,6 +122,14 @@ def test_the_lab_says_what_is_in_the_way(newest_exabgp: str, directory: Path) ->
     said = refusal("--exabgp", str(broken))
     assert "the upstream ExaBGP ended with exit code 3" in said
     assert "out of order" in said
+
+
+def test_a_port_is_given_to_one_alone() -> None:
+    """Of two labs with one port the second would talk to the first one's upstream."""
+    port = free_port()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    socket.create_server(("127.0.0.1", port)).close()  # which says SO_REUSEADDR, as ExaBGP and BIRD do
 
 
 # ---------------------------------------------------------------- etc/
