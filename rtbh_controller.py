@@ -50,7 +50,8 @@ LINE_MAX = 4096  # bytes; a write of at most PIPE_BUF is atomic (POSIX), so a lo
 PIPE_SIZE = 64 * 1024  # bytes that a pipe holds
 READ_SIZE = 8 * 1024  # bytes read at once, a part of a burst: while ExaBGP works on it the next is read
 BACKSTOP_GRACE = 10.0  # seconds after a route's end in which its receiver may withdraw it itself
-REMEMBER = 10.0  # seconds for which the published state names the ids that were refused or have ended
+REMEMBER = 10.0  # seconds for which the published state names the ids that were refused
+ENDED_MAX = 2000  # ids of announcements that are over before their time
 HEARTBEAT = 1.0  # seconds between two publications of an unchanged state
 PUBLISH_PAUSE = 0.006  # seconds from a change to its publication: by then ExaBGP has sent the UPDATE
 
@@ -647,7 +648,10 @@ class Blackholes:
         self.unanswered: dict[str, int] = {}  # prefix: commands without an answer
         self.refused: set[str] = set()  # prefixes whose last announce ExaBGP refused
         self.refused_ids: deque[tuple[float, str]] = deque(maxlen=2000)  # of announces that a guard refused lately
-        self.ended_ids: deque[tuple[float, str]] = deque(maxlen=2000)  # of blackholes that ended lately
+        # Ids whose announcement is over before its time, and that time: a receiver that has not seen it held, or
+        # was away, must not announce it again. Kept across restarts.
+        self.ended: dict[str, float] = {}
+        self.stopping = False
         self.audit_wanted, self.auditing = True, False
         self.introduced = False  # an answer about the neighbors has come: each can be given its own attributes
         self.touched: set[str] = set()  # prefixes changed since the audit in progress was asked for
@@ -694,6 +698,7 @@ class Blackholes:
             self.note(now, f"REFUSED {prefix}: {refusal.guard}: {refusal.why}")
             return
         if held and held.until is None and command.until is not None:
+            self.end(command.id, command.until)
             self.note(now, f"ANNOUNCE {prefix} (stays pinned by an announce without an end)")
             self.tell("announce", prefix, held.attributes)
             return
@@ -702,6 +707,8 @@ class Blackholes:
             prefix, self.new_attributes[network.version], now.wall, command.until, deadline, command.id, command.source,
             command.reason,
         )  # fmt: skip
+        if held and held.id != command.id:
+            self.end(held.id, held.until)
         self.hold(route)
         self.note(now, f"ANNOUNCE {prefix}")
         self.tell("announce", prefix, route.attributes)
@@ -732,7 +739,7 @@ class Blackholes:
         attributes = held.attributes if held else self.gone.get(prefix) or self.new_attributes[network.version]
         if held:
             self.release(prefix)
-            self.ended_ids.append((now.mono, held.id))
+            self.end(held.id, held.until)
         self.note(now, f"WITHDRAW {prefix}")
         self.tell("withdraw", prefix, attributes)
 
@@ -743,9 +750,10 @@ class Blackholes:
 
     def expire(self, now: Now) -> None:
         """Withdraw what should long have been withdrawn: the backstop for a receiver that is gone."""
-        for ids in (self.refused_ids, self.ended_ids):
-            while ids and ids[0][0] < now.mono - REMEMBER:
-                ids.popleft()
+        while self.refused_ids and self.refused_ids[0][0] < now.mono - REMEMBER:
+            self.refused_ids.popleft()
+        for identity in [identity for identity, until in self.ended.items() if until <= now.wall]:
+            del self.ended[identity]
         for prefix, route in list(self.routes.items()):
             if route.deadline is not None and now.mono >= route.deadline + BACKSTOP_GRACE:
                 self.note(now, f"OVERDUE {prefix}: its end passed, nobody withdrew it")
@@ -771,6 +779,7 @@ class Blackholes:
 
     def stop(self, now: Now) -> None:
         """A clean end: the journal keeps what is held, for `restore = always`; the neighbors lose it."""
+        self.stopping = True
         self.record({"do": "stop", "at": now.wall})
         for prefix, route in self.routes.items():
             self.note(now, f"WITHDRAW {prefix}")
@@ -921,6 +930,14 @@ class Blackholes:
         del self.texts[prefix]
         self.record({"do": "withdraw", "prefix": prefix})
 
+    def end(self, identity: str, until: float | None) -> None:
+        """Remember that the announcement of that id is over."""
+        if identity and until is not None:
+            self.ended[identity] = until
+            self.record({"do": "end", "id": identity, "until": until})
+            if len(self.ended) > ENDED_MAX:
+                del self.ended[next(iter(self.ended))]
+
     def record(self, record: dict[str, Any]) -> None:
         self.effects.records.append(json.dumps(record))
 
@@ -996,6 +1013,7 @@ class Journal(NamedTuple):
 
     routes: dict[str, Route]
     gone: dict[str, Attributes]
+    ended: dict[str, float]
     exabgp: str
     stopped: bool
     at: float  # seconds since the epoch: the last time in it
@@ -1005,6 +1023,7 @@ def read_journal(text: str) -> Journal:
     """Read a journal, one JSON record a line; a torn line (the host died) is skipped."""
     routes: dict[str, Route] = {}
     gone: dict[str, Attributes] = {}
+    ended: dict[str, float] = {}
     exabgp, stopped, at = "", False, 0.0
     for line in text.splitlines():
         try:
@@ -1019,13 +1038,15 @@ def read_journal(text: str) -> Journal:
                 held = routes.pop(record["prefix"], None)
                 if held:
                     gone[held.prefix] = held.attributes
+            elif record["do"] == "end":
+                ended[record["id"]] = float(record["until"])
             elif record["do"] == "start":
                 exabgp, stopped = record["exabgp"], False
             elif record["do"] == "stop":
                 stopped = True
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
-    return Journal(routes, gone, exabgp, stopped, at)
+    return Journal(routes, gone, ended, exabgp, stopped, at)
 
 
 def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> None:
@@ -1044,12 +1065,14 @@ def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> 
     elif not same and now.wall - journal.at > safety.restore_max_age:
         why = f"last seen {now.wall - journal.at:.0f} s ago, above restore_max_age"
     blackholes.record({"do": "start", "at": now.wall, "exabgp": exabgp})
+    blackholes.ended = dict(journal.ended)
     if same:
         blackholes.gone = dict(journal.gone)
     for route in journal.routes.values():
         over = not same and route.until is not None and route.until <= now.wall
         if why or over:
             blackholes.record({"do": "withdraw", "prefix": route.prefix})
+            blackholes.end(route.id, route.until)
             if same:
                 blackholes.gone[route.prefix] = route.attributes
             continue
@@ -1070,6 +1093,7 @@ def snapshot(blackholes: Blackholes, exabgp: str, now: Now) -> list[str]:
     for prefix, attributes in blackholes.gone.items():
         lines.append(f'{{"do": "announce", "route": {Route(prefix, attributes, 0.0).json()}}}')
         lines.append(f'{{"do": "withdraw", "prefix": "{prefix}"}}')
+    lines += [json.dumps({"do": "end", "id": identity, "until": until}) for identity, until in blackholes.ended.items()]
     return lines + [f'{{"do": "announce", "route": {text}}}' for text in blackholes.texts.values()]
 
 
@@ -1082,7 +1106,7 @@ def publication(blackholes: Blackholes, version: str, now: Now) -> bytearray:
     head = json.dumps(
         {"heartbeat": now.wall, "pid": os.getpid(), "exabgp": version, "neighbors": neighbors}
         | {"refused_ids": [identity for _, identity in blackholes.refused_ids if identity]}
-        | {"ended_ids": [identity for _, identity in blackholes.ended_ids if identity]}
+        | {"ended_ids": list(blackholes.ended), "stopping": blackholes.stopping}
         | {"recent": list(blackholes.recent)}
         | {"routers": [router.address for router in blackholes.routers]}
         | {"limits": {"max_routes": blackholes.settings.safety.max_routes}}

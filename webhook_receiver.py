@@ -174,7 +174,8 @@ class View:
 
     def __init__(self, settings: Settings, state: dict[str, Any]) -> None:
         """Raises KeyError, TypeError or ValueError when it is no published state."""
-        self.heartbeat = float(state.get("heartbeat", 0.0))
+        # What a controller shows that stops is not what it will hold when it is back: it is away already.
+        self.heartbeat = 0.0 if state.get("stopping") else float(state.get("heartbeat", 0.0))
         self.neighbors: dict[str, dict[str, Any]] = state.get("neighbors", {})
         self.routes: dict[str, dict[str, Any]] = {route["prefix"]: route for route in state.get("routes", [])}
         self.refused_ids = set(state.get("refused_ids", []))

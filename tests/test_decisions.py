@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rtbh_controller import (
     BACKSTOP_GRACE,
+    ENDED_MAX,
     Answer,
     Blackholes,
     Dialogue,
@@ -448,6 +449,68 @@ def test_each_neighbor_gets_its_own_attributes() -> None:
             f"neighbor 10.9.9.1 {verb} route 192.0.2.1/32 {ATTRIBUTES}",
             f"neighbor 10.9.9.2 {verb} route 192.0.2.1/32 {own}",
         ]
+
+
+def ended_ids(blackholes: Blackholes) -> list[str]:
+    found: list[str] = json.loads(publication(blackholes, "", NOW))["ended_ids"]
+    return found
+
+
+TIMED = f"announce 192.0.2.1 until={NOW.wall + 60} id=a"
+
+
+@pytest.mark.parametrize(
+    ("lines", "ended"),
+    [
+        ((TIMED,), []),
+        ((TIMED, TIMED), []),
+        ((TIMED, "withdraw 192.0.2.1"), ["a"]),
+        ((TIMED, "withdraw-all"), ["a"]),
+        ((TIMED, f"announce 192.0.2.1 until={NOW.wall + 60} id=b"), ["a"]),
+        ((TIMED, "announce 192.0.2.1"), ["a"]),  # pinned by hand
+        (("announce 192.0.2.1", TIMED), ["a"]),  # was pinned, and stays so
+        (("announce 192.0.2.1", "withdraw 192.0.2.1"), []),
+    ],
+)
+def test_an_announcement_that_is_over_is_remembered_until_its_time(lines: tuple[str, ...], ended: list[str]) -> None:
+    """Or else a receiver that was away meanwhile, and never saw it held, would announce it again."""
+    blackholes = Blackholes(settings())
+    for line in lines:
+        do(blackholes.line, line, NOW)
+    assert ended_ids(blackholes) == ended
+    successor = Blackholes(settings())
+    do(restore, successor, read_journal(journal_of(*lines)), "B", later(1))
+    third = Blackholes(settings())
+    do(restore, third, read_journal("\n".join(snapshot(successor, "B", later(1)))), "C", later(2))
+    for one in (blackholes, successor, third):
+        assert ended_ids(one) == ended
+        do(one.expire, later(59))
+        assert ended_ids(one) == ended
+        do(one.expire, later(61))
+        assert ended_ids(one) == []
+
+
+def test_what_is_not_restored_is_over() -> None:
+    blackholes = Blackholes(settings())
+    do(restore, blackholes, read_journal(journal_of(TIMED, "STOP")), "B", later(1))
+    assert (blackholes.routes, ended_ids(blackholes)) == ({}, ["a"])
+
+
+def test_no_more_ended_announcements_are_remembered_than_are_useful() -> None:
+    blackholes = Blackholes(settings())
+    for number in range(ENDED_MAX + 10):
+        do(blackholes.line, f"announce 192.0.2.1 until={NOW.wall + 60} id=n{number}", NOW)
+    assert len(blackholes.ended) == ENDED_MAX
+    assert "n0" not in blackholes.ended
+    assert f"n{ENDED_MAX + 8}" in blackholes.ended
+
+
+def test_a_controller_that_stops_says_so() -> None:
+    blackholes = Blackholes(settings())
+    do(blackholes.line, TIMED, NOW)
+    do(blackholes.stop, NOW)
+    state = json.loads(publication(blackholes, "", NOW))
+    assert (state["stopping"], state["routes"]) == (True, [])
 
 
 # ---------------------------------------------------------------- the journal

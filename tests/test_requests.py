@@ -336,6 +336,17 @@ def test_a_timer_is_over_when_its_route_has_gone_or_is_another_ones() -> None:
         assert desk.next_due() == float("inf")
 
 
+def test_what_a_controller_shows_that_stops_ends_no_timer() -> None:
+    """With `restore = always` its successor holds the route again, and the receiver must end it."""
+    desk = Office()
+    desk.announce("192.0.2.1", NOW, 60)
+    desk.review(view(desk.settings, route("id1"), after=1), LATER)
+    stopping = View(desk.settings, {"heartbeat": LATER.wall, "neighbors": UP, "routes": [], "stopping": True})
+    assert not stopping.fresh(LATER)
+    assert desk.review(stopping, LATER) == ([], [])
+    assert desk.next_due() == NOW.mono + 60
+
+
 def test_an_end_is_pursued_until_the_route_has_gone() -> None:
     desk = Office()
     desk.announce("192.0.2.1", NOW, 1)
