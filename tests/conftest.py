@@ -125,6 +125,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What was measured, and what was not run."""
+    passed = terminalreporter.stats.get("passed", [])
+    for line in sorted(str(value) for report in passed for name, value in report.user_properties if name == "measured"):
+        terminalreporter.write_line(line)
     if config.option.markexpr == "not slow and not root":
         terminalreporter.write_line("Left out: real routers and a real systemd (sudo .venv/bin/pytest -m root -n 2),")
         terminalreporter.write_line("          and what takes minutes (.venv/bin/pytest -m slow).")

@@ -11,7 +11,9 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 from lab import LabError, wait_for
@@ -19,6 +21,13 @@ from lab import LabError, wait_for
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": PATH, "HOME": "/root", "LANG": "C.UTF-8", "SYSTEMD_PAGER": "", "SYSTEMD_COLORS": "0"}
 CGROUPS = Path("/sys/fs/cgroup/unified") if Path("/sys/fs/cgroup/unified").exists() else Path("/sys/fs/cgroup")
+
+# A socket belongs to the namespace in which it was made, whoever it is then handed to.
+HAND_OVER = """\
+import socket, sys
+to, made = socket.socket(fileno=int(sys.argv[1])), socket.socket(type=int(sys.argv[2]))
+socket.send_fds(to, [b"socket"], [made.fileno()])
+"""
 
 # Duplicate address detection keeps an interface's IPv6 silent for its first second or two.
 NO_DAD = "for kind in all default; do echo 0 >/proc/sys/net/ipv6/conf/$kind/accept_dad; done"
@@ -59,6 +68,15 @@ class Namespace:
     def run(self, *command: str, check: bool = True) -> str:
         """What a command prints on stdout. Raises LabError, with what it says, when it fails."""
         return run(self.inside(*command), check)
+
+    def socket(self, kind: socket.SocketKind) -> socket.socket:
+        """An IPv4 socket that is in here, for this process to use."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            words = [sys.executable, "-c", HAND_OVER, str(theirs.fileno()), str(int(kind))]
+            subprocess.run(self.inside(*words), check=True, pass_fds=[theirs.fileno()])
+            _, descriptors, _, _ = socket.recv_fds(ours, 16, 1)
+        return socket.socket(fileno=descriptors[0])
 
     def link(self, other: Namespace | Guest, mine: str, its: str, *addresses: str) -> None:
         """A cable to another namespace: the interface names at both ends, then my and its address for each subnet."""

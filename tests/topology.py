@@ -10,9 +10,14 @@ router to which everything is exported that may be. Needs root; CannotRun says w
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import re
+import select
 import shutil
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from guest import PATH, CannotRun, Namespace, needs
@@ -369,10 +374,55 @@ class Host(Trio):
         assert "static {" in text
         (self.directory / "exabgp.conf").write_text(text.replace("static {", f"static {{{self.static}"))
 
+    def connect(self) -> http.client.HTTPConnection:
+        """A detector's connection to the receiver, which stays open."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port)
+        connection.sock = self.namespace.socket(socket.SOCK_STREAM)
+        connection.sock.connect(("127.0.0.1", self.port))
+        connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
+
     def post(self, body: str) -> dict[str, object]:
         command = ["curl", "-sS", "-H", f"X-Auth-Token: {self.token}", "-d", body, f"http://127.0.0.1:{self.port}/"]
         found: dict[str, object] = json.loads(self.namespace.run(*command))
         return found
+
+
+class Stream:
+    """Numbered datagrams from outside to an address behind the router, and which of them arrive."""
+
+    PAUSE = 0.0005  # seconds between two
+
+    def __init__(self, outside: Namespace, behind: Namespace, address: str) -> None:
+        self.receiver, self.sender = behind.socket(socket.SOCK_DGRAM), outside.socket(socket.SOCK_DGRAM)
+        self.receiver.bind((address, 0))
+        self.sender.connect(self.receiver.getsockname())
+
+    def pause(self) -> int:
+        """Wait for the next moment to send; the highest number that has arrived, or -1."""
+        if select.select([self.receiver], [], [], self.PAUSE)[0]:
+            return int.from_bytes(self.receiver.recv(8), "big")
+        return -1
+
+    def flows(self) -> bool:
+        """Whether a datagram gets through."""
+        self.sender.send((0).to_bytes(8, "big"))
+        return bool(select.select([self.receiver], [], [], 0.1)[0]) and self.receiver.recv(8) is not None
+
+    def lost_after(self, alert: Callable[[], object]) -> float:
+        """Seconds from the alert to the first datagram that does not arrive, nor any after it."""
+        sent = [time.monotonic()]
+        alert()
+        first_lost = 1
+        while first_lost == len(sent) or time.monotonic() < sent[first_lost] + 0.1:
+            self.sender.send(len(sent).to_bytes(8, "big"))
+            sent.append(time.monotonic())
+            first_lost = max(first_lost, self.pause() + 1)
+        return sent[first_lost] - sent[0]
+
+    def close(self) -> None:
+        self.receiver.close()
+        self.sender.close()
 
 
 class Site:
