@@ -89,17 +89,17 @@ def start_trio(directory: Path) -> Iterator[StartTrio]:
         yield start
 
 
-MakeSite = Callable[[type[Router]], Site]
+MakeSite = Callable[..., Site]
 
 
 @pytest.fixture
 def make_site(directory: Path, newest_exabgp: str) -> Iterator[MakeSite]:
-    """A function that builds the network around a router of that kind."""
+    """A function that builds the network around a router of that kind; with the newest ExaBGP, or another one."""
     with contextlib.ExitStack() as stack:
 
-        def make(kind: type[Router]) -> Site:
+        def make(kind: type[Router], exabgp: str = newest_exabgp) -> Site:
             try:
-                return Site(directory, newest_exabgp, kind, stack)
+                return Site(directory, exabgp, kind, stack)
             except CannotRun as error:
                 pytest.skip(str(error))
 

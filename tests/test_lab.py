@@ -132,6 +132,15 @@ def test_a_port_is_given_to_one_alone() -> None:
     socket.create_server(("127.0.0.1", port)).close()  # which says SO_REUSEADDR, as ExaBGP and BIRD do
 
 
+def test_each_test_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text()))
+    there = {
+        name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (\w+)", file.read_text())
+    }
+    assert named
+    assert named <= there
+
+
 # ---------------------------------------------------------------- etc/
 
 
