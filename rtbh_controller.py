@@ -46,12 +46,14 @@ from typing import Any, Callable, NamedTuple
 
 DEFAULT_CONFIG = "/etc/exabgp/rtbh.conf"
 PLACEHOLDER_TOKEN = "your-secret-webhook-token"
+PROCESS = "rtbh-controller"  # our name in exabgp.conf
 LINE_MAX = 4096  # bytes; a write of at most PIPE_BUF is atomic (POSIX), so a longer line may be torn
 PIPE_SIZE = 64 * 1024  # bytes that a pipe holds
 READ_SIZE = 8 * 1024  # bytes read at once, a part of a burst: while ExaBGP works on it the next is read
 BACKSTOP_GRACE = 10.0  # seconds after a route's end in which its receiver may withdraw it itself
 REMEMBER = 10.0  # seconds for which the published state names the ids that were refused
 ENDED_MAX = 2000  # ids of announcements that are over before their time
+ALIVE = 60.0  # seconds between two records in the journal that say that the host is alive
 HEARTBEAT = 1.0  # seconds between two publications of an unchanged state
 PUBLISH_PAUSE = 0.006  # seconds from a change to its publication: by then ExaBGP has sent the UPDATE
 
@@ -384,19 +386,31 @@ def load_settings(path: str | None, ignore: str = "") -> tuple[Settings, list[st
     path = config_path(path)
     try:
         with open(path, encoding="utf-8") as file:
-            settings, faults = parse_settings(file.read())
+            text = file.read()
+        settings, faults = parse_settings(text)
     except FileNotFoundError:
         if path != DEFAULT_CONFIG:
             raise SettingsError([f"{path}: no such file"]) from None
         settings, faults = Settings(), []
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([f"{path}: cannot be read: {error}"]) from None
-    warnings = [fault for fault in faults if ignore and fault.startswith(f"[{ignore}]")]
-    if len(warnings) < len(faults):
+    warnings = []
+    if faults and ignore:
+        rest, others = parse_settings(without_section(text, ignore))
+        if others:
+            faults = list(dict.fromkeys([*others, *faults]))
+        else:
+            settings, warnings, faults = rest, faults, []
+    if faults:
         raise SettingsError([f"{path}: {fault}" for fault in faults])
     if not settings.safety.allowed:
         warnings.append("[safety] allowed is empty: any prefix may be blackholed; list your own prefixes there")
     return settings, warnings
+
+
+def without_section(text: str, section: str) -> str:
+    """The text of a settings file, without the lines of a section."""
+    return re.sub(rf"(?ms)^\[{section}\].*?(?=^\[|\Z)", "", text)
 
 
 def describe_settings(settings: Settings) -> str:
@@ -414,6 +428,8 @@ def describe_settings(settings: Settings) -> str:
             elif isinstance(value, tuple):
                 value = " ".join(map(str, value))
             lines.append(f"{key} = {value}".rstrip())
+    for address, bgp in settings.neighbors.items():
+        lines += [f"[neighbor {address}]", f"# IPv4: {bgp.attributes(4)}", f"# IPv6: {bgp.attributes(6)}"]
     return "\n".join(lines)
 
 
@@ -484,6 +500,8 @@ def parse_line(line: str) -> Command | None:
                 until = read_until(value)
             elif equals and key in ("id", "source", "reason"):
                 said[key] = read_word(value)
+        if said.get("source") == "other":  # which is what the published state calls exabgp.conf
+            del said["source"]
     except ValueError as error:
         raise invalid(line, str(error)) from None
     return Command(action, prefix, until, **said)
@@ -653,7 +671,7 @@ class Blackholes:
         self.ended: dict[str, float] = {}
         self.stopping = False
         self.audit_wanted, self.auditing = True, False
-        self.introduced = False  # an answer about the neighbors has come: each can be given its own attributes
+        self.introduced = False  # an audit was answered: neighbors and static routes are known
         self.touched: set[str] = set()  # prefixes changed since the audit in progress was asked for
         self.recent: deque[tuple[float, str]] = deque(maxlen=50)  # time, message
 
@@ -690,6 +708,9 @@ class Blackholes:
     def announce(self, network: Prefix, command: Command, now: Now) -> None:
         prefix = network.text
         held = self.routes.get(prefix)
+        if command.until is not None and self.ended.get(command.id) == command.until:
+            self.note(now, f"KEPT {prefix}: the announcement of id {command.id} is over, and was written again")
+            return
         refusal = self.refusal(network, held is not None)
         if refusal is None and command.until is not None and command.until <= now.wall:
             refusal = Refusal("until", "its end has passed")
@@ -740,6 +761,7 @@ class Blackholes:
         if held:
             self.release(prefix)
             self.end(held.id, held.until)
+        self.audit_wanted = self.audit_wanted or prefix in self.others  # a static route is gone now
         self.note(now, f"WITHDRAW {prefix}")
         self.tell("withdraw", prefix, attributes)
 
@@ -804,7 +826,7 @@ class Blackholes:
     def answered(self, command: Tell, accepted: bool, output: list[str], now: Now) -> None:
         """ExaBGP has answered a command."""
         if command.verb in QUESTIONS:
-            self.introduced = True
+            self.introduced = self.introduced or command.verb == QUESTIONS[-1]
             if accepted:
                 self.learn(command.verb, output, now)
             else:
@@ -815,7 +837,7 @@ class Blackholes:
             return
         last = self.count_answer(prefix)
         if last and accepted:
-            self.gone.pop(prefix, None)  # ExaBGP has carried out the last command, so a withdraw too
+            self.forget(prefix)  # ExaBGP has carried out the last command, so a withdraw too
         if accepted:
             self.refused.discard(prefix)
             return
@@ -839,6 +861,11 @@ class Blackholes:
                 self.auditing, self.introduced = False, True  # don't wait for ever
         self.note(now, "ERROR: ExaBGP left commands unanswered; asking what it holds")
 
+    def answered_late(self) -> None:
+        """ExaBGP answers after all; what it made of the commands until now is to be seen in an audit."""
+        self.unanswered.clear()
+        self.audit_wanted = True
+
     # -- audits
 
     def ask(self) -> None:
@@ -847,6 +874,13 @@ class Blackholes:
             self.audit_wanted, self.auditing = False, True
             self.touched.clear()
             self.effects.commands += [Tell(question) for question in QUESTIONS]
+
+    def tell_again(self) -> None:
+        """In place of an audit, where nothing answers: announce all that is held."""
+        if self.audit_wanted:
+            self.audit_wanted = False
+            for prefix, route in self.routes.items():
+                self.tell("announce", prefix, route.attributes)
 
     def learn(self, question: str, output: list[str], now: Now) -> None:
         if question == QUESTIONS[0]:
@@ -859,22 +893,27 @@ class Blackholes:
 
     def learn_neighbors(self, output: list[str]) -> None:
         """The neighbors of exabgp.conf that the controller's announcements reach, and our own addresses."""
-        found: dict[str, str] = {}
+        found: dict[str, list[str]] = {}  # address: the processes that its `api` names
         address = ""
         for line in output:
             words = line.rstrip(";").split()
-            if words[:1] == ["neighbor"] and len(words) > 1 and is_address(words[1]):
-                address = words[1]
-            elif words[:1] == ["local-address"] and len(words) > 1:
-                found.setdefault(address, "")
+            if words[:1] == ["neighbor"] and len(words) > 1:
+                address = words[1] if is_address(words[1]) else ""  # a range has no address until somebody connects
+            elif not address:
+                continue
+            elif words[:1] == ["local-address"]:
+                found.setdefault(address, [])
                 self.routers.update(parse_prefix(word) for word in words[1:] if is_address(word))
-            elif words[:1] == ["processes"] and len(words) > 3:
-                found[address] = words[2]
-        for known in set(self.neighbors) - set(found) if found else ():
+            elif words[:1] == ["processes"]:
+                found.setdefault(address, []).extend(word for word in words[1:] if word not in "[]")
+        self.routers.update(map(parse_prefix, found))
+        # The process may go by another name; where none has ours, each one's may be us.
+        named = {address for address, processes in found.items() if PROCESS in processes}
+        reached = named or {address for address, processes in found.items() if processes}
+        for known in set(self.neighbors) - reached if found else ():
             del self.neighbors[known]
-        for address, process in found.items():
-            self.routers.add(parse_prefix(address))
-            if process:
+        for address in found:
+            if address in reached:
                 self.neighbors.setdefault(address, Neighbor())
 
     def learn_sessions(self, output: list[str], now: Now) -> None:
@@ -910,7 +949,7 @@ class Blackholes:
                     self.others.setdefault(prefix, []).append(address)
         listed = {prefix for has in table.values() for prefix in has}
         for prefix in self.gone.keys() - listed - self.touched - self.unanswered.keys():
-            del self.gone[prefix]
+            self.forget(prefix)
         for address, neighbor in self.neighbors.items():
             neighbor.audited = True
             if neighbor.flush:
@@ -929,6 +968,11 @@ class Blackholes:
         self.gone[prefix] = self.routes.pop(prefix).attributes
         del self.texts[prefix]
         self.record({"do": "withdraw", "prefix": prefix})
+
+    def forget(self, prefix: str) -> None:
+        """What was withdrawn has left adj-RIB-out; should it stand there again, it is none of ours."""
+        if self.gone.pop(prefix, None) is not None:
+            self.record({"do": "forget", "prefix": prefix})
 
     def end(self, identity: str, until: float | None) -> None:
         """Remember that the announcement of that id is over."""
@@ -980,10 +1024,18 @@ class Blackholes:
 
 def is_address(text: str) -> bool:
     try:
-        ipaddress.ip_address(text)
+        return parse_prefix(text).host and "/" not in text
     except ValueError:
         return False
-    return True
+
+
+NAMES = {  # of well-known communities (RFC 1997, 3765, 7999), as ExaBGP prints them
+    "no-export": "65535:65281",
+    "no-advertise": "65535:65282",
+    "no-export-subconfed": "65535:65283",
+    "no-peer": "65535:65284",
+    "blackhole": "65535:666",
+}
 
 
 def communities_of(attributes: str) -> str:
@@ -991,7 +1043,7 @@ def communities_of(attributes: str) -> str:
 
     The next hop is left out: `self` is shown as an address there.
     """
-    words = re.sub(r"[\[\]]", " ", attributes).replace("blackhole", "65535:666").split()
+    words = [NAMES.get(word, word) for word in re.sub(r"[\[\]]", " ", attributes).split()]
     return " ".join(sorted(word for word in words if re.fullmatch(r"\d+:\d+(:\d+)?", word)))
 
 
@@ -1032,12 +1084,15 @@ def read_journal(text: str) -> Journal:
             if record["do"] == "announce":
                 fields = record["route"]
                 route = Route(**{**fields, "attributes": Attributes(fields["attributes"])})
+                check_record(route)
                 routes[route.prefix] = route
                 gone.pop(route.prefix, None)
             elif record["do"] == "withdraw":
                 held = routes.pop(record["prefix"], None)
                 if held:
                     gone[held.prefix] = held.attributes
+            elif record["do"] == "forget":
+                gone.pop(record["prefix"], None)
             elif record["do"] == "end":
                 ended[record["id"]] = float(record["until"])
             elif record["do"] == "start":
@@ -1047,6 +1102,14 @@ def read_journal(text: str) -> Journal:
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return Journal(routes, gone, ended, exabgp, stopped, at)
+
+
+def check_record(route: Route) -> None:
+    """Raises ValueError, KeyError, TypeError or AttributeError for a route that no controller has written."""
+    texts = [route.id, route.source, route.reason, route.attributes[""], *route.attributes.values()]
+    whole = all(isinstance(text, str) for text in texts) and parse_prefix(route.prefix).text == route.prefix
+    if not whole or not all(isinstance(at, (int, float)) for at in (route.announced_at, route.until or 0.0)):
+        raise ValueError(route.prefix)
 
 
 def restore(blackholes: Blackholes, journal: Journal, exabgp: str, now: Now) -> None:
@@ -1107,6 +1170,7 @@ def publication(blackholes: Blackholes, version: str, now: Now) -> bytearray:
         {"heartbeat": now.wall, "pid": os.getpid(), "exabgp": version, "neighbors": neighbors}
         | {"refused_ids": [identity for _, identity in blackholes.refused_ids if identity]}
         | {"ended_ids": list(blackholes.ended), "stopping": blackholes.stopping}
+        | {"withdrawing": [prefix for prefix in blackholes.unanswered if prefix not in blackholes.routes]}
         | {"recent": list(blackholes.recent)}
         | {"routers": [router.address for router in blackholes.routers]}
         | {"limits": {"max_routes": blackholes.settings.safety.max_routes}}
@@ -1162,7 +1226,7 @@ class Dialogue:
     WINDOW = 12 * 1024  # bytes
     LIST = 100  # prefixes in one line, when so many wait: ExaBGP takes twice as many a second that way
     SILENCE = 1.0  # seconds
-    PATIENCE = 2  # silences before a greeting counts as never to be answered
+    PATIENCE = 5  # silences before a greeting counts as never to be answered
     SETTLED = 0.25  # seconds without an answer after which none to a predecessor is still to come
 
     def __init__(self) -> None:
@@ -1175,7 +1239,8 @@ class Dialogue:
         self.in_force: dict[tuple[str, bool], str] = {}  # neighbors and family: the attributes last told
         self.output: list[str] = []  # of a question, until its `done`
         self.unanswered_bytes = 0
-        self.nudged = self.heard_since_nudge = False
+        self.nudged = False
+        self.last_heard = ""  # since a nudge
 
     def take(self) -> bytes:
         """The lines that may be written now."""
@@ -1199,7 +1264,7 @@ class Dialogue:
 
     def hear(self, line: str) -> Answer | None:
         """Take one line that is not about a session; returns the answer that it completes, if any."""
-        self.heard_since_nudge = True
+        self.last_heard = line
         if line.startswith("exabgp "):
             self.version = line.split()[1]
         if not self.greeted:
@@ -1233,15 +1298,18 @@ class Dialogue:
             if self.silences != self.PATIENCE:
                 return "", []
             self.answers = False
-            why = "ERROR: ExaBGP answers nothing, so refusals go unseen: set ack = true in [exabgp.api] of exabgp.env"
+            why = (
+                "ERROR: ExaBGP answers nothing, so what it refuses or loses goes unseen: "
+                "set ack = true in [exabgp.api] of exabgp.env"
+            )
             return why, []
-        if self.nudged and self.heard_since_nudge:  # it has read all there was: what it left unanswered stays so
+        if self.nudged and self.last_heard == "error":  # it has read all there was: what it left unanswered stays so
             left = [command for commands, _ in self.unanswered for command in commands if command is not NUDGE]
             self.unanswered.clear()
             self.unanswered_bytes, self.nudged, self.output = 0, False, []
             return "", left
-        if self.unanswered and not self.nudged:
-            self.nudged, self.heard_since_nudge = True, False
+        if self.unanswered and (self.last_heard or not self.nudged):  # else it is frozen: nothing since the last one
+            self.nudged, self.last_heard = True, ""
             self.waiting.appendleft(NUDGE)
         return "", []
 
@@ -1416,6 +1484,7 @@ class JournalFile:
         if self.failed:
             self.log(f"The journal is written again: {self.path}")
         self.failed = ""
+        self.synchronize()
 
     def close(self) -> None:
         if self.descriptor >= 0:
@@ -1425,7 +1494,7 @@ class JournalFile:
     def fail(self, error: OSError) -> None:
         text = f"ERROR: cannot write the journal {self.path}: {error.strerror}"
         if text != self.failed:
-            self.log(f"{text}; what is blackholed now may not come back after a crash")
+            self.log(f"{text}; what is announced or withdrawn now may be undone by a crash")
         self.failed = text
         self.close()
 
@@ -1469,7 +1538,8 @@ def read_state(path: str) -> dict[str, Any]:
             state = json.load(file)
     except (OSError, ValueError):
         return {}
-    return state if isinstance(state, dict) else {}
+    whole = isinstance(state, dict) and isinstance(state.get("heartbeat"), (int, float))
+    return state if whole else {}
 
 
 class PipeBusy(Exception):
@@ -1561,7 +1631,8 @@ class Loop(Watch):
         self.started = False
         # monotonic times: last publication, last answer, last bytes in the pipe, last look at the pipe's path
         self.published_at = self.answered_at = self.pipe_at = self.looked_at = self.expired_at = 0.0
-        self.follow_up_at = self.silent_since = 0.0  # silent_since: ExaBGP has left something unanswered
+        self.alive_at = self.follow_up_at = 0.0
+        self.silent_since = time.monotonic()  # ExaBGP has left something unanswered
 
     def run(self) -> int:
         """Serve until a signal or the end of ExaBGP; returns the exit code."""
@@ -1645,10 +1716,15 @@ class Loop(Watch):
         if now.mono - self.expired_at >= 0.25:
             self.expired_at = now.mono
             self.blackholes.expire(now)
+        if now.mono - self.alive_at >= ALIVE and self.blackholes.routes:
+            self.alive_at = now.mono
+            self.blackholes.record({"do": "alive", "at": now.wall})
         quiet = self.dialogue.greeted and now.mono - self.answered_at >= Dialogue.SETTLED
         self.settled = self.settled or quiet or not self.dialogue.answers
-        if self.started and self.settled:
+        if self.started and self.settled and self.dialogue.answers:
             self.blackholes.ask()
+        elif self.started and self.settled:
+            self.blackholes.tell_again()
         ready = self.settled and (self.blackholes.introduced or not self.dialogue.answers)
         full = len(self.dialogue.waiting) > self.QUEUE or not ready
         if full:
@@ -1729,7 +1805,11 @@ class Loop(Watch):
                 self.blackholes.session(words[1], words[2], why, now)
             elif line:
                 self.answered_at = now.mono
+                answered = self.dialogue.answers
                 answer = self.dialogue.hear(line)
+                if self.dialogue.answers and not answered:  # it was only late
+                    self.settled = False  # answers to what was told meanwhile are still to come, and mean nothing
+                    self.blackholes.answered_late()
                 if answer:
                     self.changed = True
                     for command in answer.commands:
@@ -1773,6 +1853,8 @@ class Loop(Watch):
 
     def stop(self, now: Now, why: str) -> None:
         """A clean end: withdraw everything, wait for the answers, but not for long."""
+        if not self.running:  # ExaBGP died first, and systemd ends the rest: that is no clean end
+            return
         self.effects.messages.append(why)
         if self.stop_at is not None:
             return
@@ -1796,6 +1878,7 @@ class Loop(Watch):
         for warning in warnings:
             self.log(f"WARNING: {warning}")
         self.blackholes.reload(settings, now)
+        self.blackholes.audit_wanted = True  # exabgp.conf may have other static routes by now
 
 
 # ---------------------------------------------------------------- commands

@@ -36,6 +36,7 @@ import socket
 import ssl
 import stat
 import sys
+import termios
 import time
 import traceback
 import urllib.parse
@@ -75,6 +76,7 @@ IDLE_TIMEOUT = 60.0  # seconds without a request on a kept connection
 LINGER = 1.0  # seconds in which what a refused client still sends is read, so that it gets its answer
 WINDOW = 60.0  # seconds over which announcements are counted
 STALE = 3.0  # seconds without a heartbeat after which the controller counts as away
+TICK = 0.25  # seconds between two looks at the published state and the pipe
 CONFIRM = 1.0  # seconds until a line must show in the published state, or is written again
 RETRY = 1.0  # seconds until a line that could not be written is tried again
 WAIT_MAX = 10.0  # seconds that a client may ask to wait for the routers
@@ -180,6 +182,7 @@ class View:
         self.routes: dict[str, dict[str, Any]] = {route["prefix"]: route for route in state.get("routes", [])}
         self.refused_ids = set(state.get("refused_ids", []))
         self.ended_ids = set(state.get("ended_ids", []))
+        self.withdrawing = set(state.get("withdrawing", []))  # told to ExaBGP, which has not answered
         self.exabgp = str(state.get("exabgp", ""))
         self.mirror = mirror = Blackholes(settings)
         mirror.routers = {parse_prefix(address) for address in state.get("routers", [])}
@@ -286,6 +289,7 @@ class Desk:
         self.settings = settings
         self.accepted: deque[float] = deque()  # monotonic times of the announcements that count
         self.orders: dict[str, Order] = {}
+        self.unread_at = 0.0  # seconds since the epoch: when lines were last seen to wait in the pipe
 
     def decide(self, request: Request, identity: str, view: View, now: Now) -> Decision:
         """What to do about a request; nothing is changed yet. Raises Rejected."""
@@ -302,7 +306,7 @@ class Desk:
         length = limits.withdraw_after if request.withdraw_after is None else request.withdraw_after
         if not 1 <= length <= limits.max_withdraw_after:
             raise Rejected(400, f"withdraw_after: must be from 1 to {limits.max_withdraw_after} seconds")
-        charged = not self.holds(prefix)
+        charged = not self.holds(prefix) and prefix not in view.mirror.routes
         self.check_guards(request.prefix, charged, view, now)
         if charged:
             self.check_rate(prefix, now)
@@ -395,8 +399,13 @@ class Desk:
         return found
 
     def seen(self, order: Order, view: View, now: Now) -> bool:
-        """Whether a living controller has published since it got the order, so that what it shows counts."""
-        return view.fresh(now) and view.heartbeat >= order.sent_at + 0.2
+        """Whether a living controller has published since it got the order, so that what it shows counts.
+
+        While lines wait in the pipe the order's may be among them, and behind it an operator's, which
+        a second copy of ours would undo.
+        """
+        got = max(order.sent_at + 0.2, min(self.unread_at, now.wall) + TICK + 0.2)
+        return view.fresh(now) and view.heartbeat >= got
 
     def next_due(self) -> float:
         """The monotonic time of the next end."""
@@ -441,7 +450,8 @@ def delivery(order: Order, view: View) -> tuple[bool, dict[str, str]]:
     if order.action == "announce":
         here = route is not None and (route["id"] == order.id or route["until"] is None)
     else:
-        here = route is None or route["source"] == "other"
+        gone = route is None or route["source"] == "other"
+        here = gone and order.prefix not in view.withdrawing and view.heartbeat >= order.sent_at
         route = None
     told = {address: "pending" if state == "up" else state for address, state in states.items()}
     if here:
@@ -481,6 +491,15 @@ class Pipe:
             raise OSError(f"{self.path} is not a FIFO")
         self.descriptor = os.open(self.path, os.O_WRONLY | os.O_NONBLOCK)
         self.identity = (found.st_dev, found.st_ino)
+
+    def unread(self) -> int:
+        """The bytes that the controller has not read yet, whoever wrote them."""
+        if self.descriptor < 0:
+            try:
+                self.open()
+            except OSError:
+                return 0
+        return int.from_bytes(fcntl.ioctl(self.descriptor, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
 
     def look(self) -> None:
         """Let go of a FIFO in whose place another has come; the controller reads the old one to its end."""
@@ -1024,8 +1043,10 @@ class Service(Watch):
         """What time and the published state make necessary; again at the next end, or soon."""
         self.look()
         self.pipe.look()
+        if self.pipe.unread():
+            self.desk.unread_at = time.time()
         self.work(self.now())
-        self.tick_at = time.monotonic() + min(0.25, max(0.005, self.desk.next_due() - time.monotonic()))
+        self.tick_at = time.monotonic() + min(TICK, max(0.005, self.desk.next_due() - time.monotonic()))
 
     def work(self, now: Now) -> None:
         records, messages = self.desk.review(self.view, now)

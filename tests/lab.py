@@ -31,6 +31,7 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 START = 20.0  # seconds for a program to be ready
+ACK = "true"  # whether ExaBGP answers commands
 
 
 class LabError(Exception):
@@ -226,7 +227,7 @@ def script(path: Path, command: list[str]) -> Path:
 def exabgp_environment(**extra: str) -> dict[str, str]:
     """What makes an ExaBGP of ours keep to itself: no command pipes, and no change of user."""
     user = pwd.getpwuid(os.getuid()).pw_name
-    return clean_environment(exabgp_daemon_user=user, exabgp_api_cli="false", exabgp_api_ack="true", **extra)
+    return clean_environment(exabgp_daemon_user=user, exabgp_api_cli="false", exabgp_api_ack=ACK, **extra)
 
 
 class Trio:

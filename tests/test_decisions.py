@@ -189,6 +189,35 @@ def test_an_announce_by_hand_is_pinned_until_an_explicit_withdraw() -> None:
     assert told(do(blackholes.line, "withdraw 192.0.2.1", later(10_001)))
 
 
+def test_a_second_copy_of_an_announcement_that_is_over_is_not_carried_out() -> None:
+    """The receiver writes a line again whose first copy it thinks lost; an operator may have withdrawn it since."""
+    blackholes = Blackholes(settings())
+    line = f"announce 192.0.2.1 until={NOW.wall + 60} id=a source=webhook"
+    do(blackholes.line, line, NOW)
+    do(blackholes.line, "withdraw 192.0.2.1", NOW)
+    effects = do(blackholes.line, line, NOW)
+    assert told(effects) == []
+    assert logged(effects)[0].startswith("KEPT 192.0.2.1/32")
+    assert told(do(blackholes.line, f"announce 192.0.2.1 until={NOW.wall + 61} id=a", NOW))  # its owner means it
+    assert told(do(blackholes.line, "withdraw 192.0.2.1", NOW))
+    assert told(do(blackholes.line, "announce 192.0.2.1", NOW))
+
+
+def test_only_the_controller_calls_a_route_anothers() -> None:
+    blackholes = Blackholes(settings())
+    do(blackholes.line, "announce 192.0.2.1 source=other", NOW)
+    assert json.loads(publication(blackholes, "", NOW))["routes"][0]["source"] == "pipe"
+
+
+def test_a_withdraw_without_an_answer_is_published() -> None:
+    blackholes = Blackholes(settings())
+    accept(blackholes, do(blackholes.line, "announce 192.0.2.1", NOW))
+    effects = do(blackholes.line, "withdraw 192.0.2.1", NOW)
+    assert json.loads(publication(blackholes, "", NOW))["withdrawing"] == ["192.0.2.1/32"]
+    accept(blackholes, effects)
+    assert json.loads(publication(blackholes, "", NOW))["withdrawing"] == []
+
+
 def test_a_withdraw_nobody_sends_comes_from_the_controller_a_little_later() -> None:
     blackholes = Blackholes(settings())
     do(blackholes.line, f"announce 192.0.2.1 until={NOW.wall + 60} id=a", NOW)
@@ -356,6 +385,58 @@ def test_without_any_answer_commands_go_out_all_the_same_and_the_log_says_why() 
     assert dialogue.take().endswith(b"announce %040d\n" % 999)
 
 
+def test_a_greeting_that_comes_late_counts() -> None:
+    dialogue = Dialogue()
+    dialogue.take()
+    for _ in range(Dialogue.PATIENCE):
+        assert dialogue.answers
+        dialogue.silent()
+    assert not dialogue.answers
+    for line in ("error", "exabgp 5.0.15", "done"):
+        dialogue.hear(line)
+    assert dialogue.answers
+    dialogue.waiting.append(Tell("announce A"))
+    dialogue.take()
+    assert dialogue.hear("done") == Answer([Tell("announce A")], True, [])
+
+
+def test_a_pause_in_the_middle_of_an_answer_is_no_end() -> None:
+    """ExaBGP prints a large table for seconds, and may be stopped at any moment."""
+    dialogue = greeted()
+    dialogue.waiting += [Tell("show A"), Tell("show B")]
+    dialogue.take()
+    dialogue.silent()
+    assert dialogue.take() == b"\n"
+    answers = []
+    for line in ("a 1", "done", "b 1", "done", "error"):
+        answers.append(dialogue.hear(line))
+        if line != "error":
+            assert dialogue.silent() == ("", [])
+    said = [answer.output for answer in answers if answer]
+    assert said[:2] == [["a 1"], ["b 1"]]
+    _, left = dialogue.silent()
+    assert left == []
+
+
+def test_a_frozen_exabgp_is_not_nudged_for_ever() -> None:
+    dialogue = greeted()
+    dialogue.waiting.append(Tell("announce A"))
+    dialogue.take()
+    for _ in range(100):
+        dialogue.silent()
+    assert dialogue.take() == b"\n"
+
+
+def test_where_nothing_answers_what_is_held_is_announced_again_after_each_change_of_a_session() -> None:
+    blackholes = Blackholes(settings())
+    do(blackholes.line, "announce 192.0.2.1", NOW)
+    again = [f"announce route 192.0.2.1/32 {ATTRIBUTES}"]
+    assert told(do(blackholes.tell_again)) == again
+    assert told(do(blackholes.tell_again)) == []
+    do(blackholes.session, "127.0.0.1", "up", "", NOW)
+    assert told(do(blackholes.tell_again)) == again
+
+
 # ---------------------------------------------------------------- audits
 
 CONFIGURATION = """neighbor 10.9.9.1 {
@@ -411,6 +492,37 @@ def test_an_audit_learns_the_neighbors_and_mends_what_differs() -> None:
         assert "whitelist" in logged(do(blackholes.line, f"announce {address}", NOW))[0]
     assert "REFUSED 192.0.2.66/32: static" in logged(do(blackholes.line, "announce 192.0.2.66", NOW))[0]
     assert not do(blackholes.ask).commands
+
+
+@pytest.mark.parametrize("community", ["65281", "65282", "65283", "65284", "666"])
+def test_communities_that_exabgp_prints_by_name_need_no_repair(community: str) -> None:
+    names = {"65281": "no-export", "65282": "no-advertise", "65283": "no-export-subconfed", "65284": "no-peer"}
+    blackholes = Blackholes(settings(f"[bgp]\ncommunity = 174:666 65535:{community}"))
+    accept(blackholes, do(blackholes.line, "announce 192.0.2.1", NOW))
+    shown = f"community [ 174:666 {names.get(community, 'blackhole')} ]"
+    table = [rib(address, "192.0.2.1/32", shown) for address in ("10.9.9.1", "10.9.9.2")]
+    assert told(audit(blackholes, *table)) == []
+
+
+@pytest.mark.parametrize(
+    ("apis", "ours"),
+    [
+        ("rtbh-controller", {"10.9.9.1"}),
+        ("healthcheck rtbh-controller", {"10.9.9.1"}),
+        ("mine", {"10.9.9.1", "10.9.9.2"}),  # by no name that we know: it may be either
+    ],
+)
+def test_the_neighbors_are_those_that_name_us(apis: str, ours: set[str]) -> None:
+    """Each process of a neighbor stands on a line of its own; a range of neighbors has no address."""
+    blackholes = Blackholes(settings())
+    output = ["neighbor 10.8.0.0/24 {", "  local-address 10.9.9.254;", "processes [ rtbh-controller ];", "}"]
+    for address, processes in (("10.9.9.1", apis.split()), ("10.9.9.2", ["other"])):
+        output += [f"neighbor {address} {{", "  local-address 10.9.9.254;"]
+        output += [f"    processes [ {process} ];" for process in processes]
+    output += output[:4]
+    blackholes.learn_neighbors(output)
+    assert blackholes.neighbors.keys() == ours
+    assert {router.address for router in blackholes.routers} == {"10.9.9.1", "10.9.9.2", "10.9.9.254"}
 
 
 def test_what_changes_during_an_audit_is_left_alone() -> None:
@@ -579,6 +691,47 @@ def test_a_restored_route_that_is_protected_by_now_is_withdrawn() -> None:
     assert told(effects) == [f"withdraw route 192.0.2.1/32 {ATTRIBUTES}"]
 
 
+def test_what_was_withdrawn_and_is_static_by_now_is_none_of_a_successors() -> None:
+    blackholes = Blackholes(settings())
+    effects = do(blackholes.line, "announce 192.0.2.1", NOW)
+    records = effects.records
+    accept(blackholes, effects)
+    effects = do(blackholes.line, "withdraw 192.0.2.1", NOW)
+    records += effects.records + do(blackholes.answered, effects.commands[0], True, [], NOW).records
+    journal = read_journal("\n".join([json.dumps({"do": "start", "exabgp": "A"}), *records]))
+    successor = Blackholes(settings())
+    do(restore, successor, journal, "A", later(60))
+    static = [rib(address, "192.0.2.1/32") for address in ("10.9.9.1", "10.9.9.2")]
+    assert told(audit(successor, *static)) == []
+    assert successor.others.keys() == {"192.0.2.1/32"}
+
+
+def test_a_host_that_was_alive_to_the_end_has_not_been_away() -> None:
+    text = journal_of("announce 192.0.2.1") + json.dumps({"do": "alive", "at": NOW.wall + 7200}) + "\n"
+    for after, held in ((7260, 1), (7200 + 3601, 0)):
+        blackholes = Blackholes(settings())
+        do(restore, blackholes, read_journal(text), "B", later(after))
+        assert len(blackholes.routes) == held
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prefix": "x"},
+        {"prefix": "192.0.2.1"},
+        {"until": "soon"},
+        {"attributes": {}},
+        {"announced_at": None},
+        {"id": 1},
+    ],
+)
+def test_a_record_that_no_controller_wrote_is_left_out(change: dict[str, Any]) -> None:
+    start, line = journal_of("announce 192.0.2.1").splitlines()
+    record = json.loads(line)
+    record["route"] |= change
+    assert read_journal(f"{start}\n{json.dumps(record)}").routes == {}
+
+
 @given(st.integers(0, 600), st.binary(max_size=20))
 def test_a_torn_journal_gives_what_was_whole(cut: int, noise: bytes) -> None:
     text = journal_of(*LINES)
@@ -649,6 +802,11 @@ def test_a_token_may_hold_any_sign() -> None:
     assert settings("[webhook]\ntoken = a%(b)s#;c=:d").webhook.token == "a%(b)s#;c=:d"
 
 
+def test_what_is_in_force_includes_each_neighbors_own() -> None:
+    shown = describe_settings(settings("[neighbor 10.0.0.1]\ncommunity = 174:666\n"))
+    assert "[neighbor 10.0.0.1]\n# IPv4: next-hop self community [174:666]\n" in shown
+
+
 def test_the_token_is_never_shown() -> None:
     found = settings("[webhook]\ntoken = hunter2")
     assert "hunter2" not in describe_settings(found) + repr(found)
@@ -659,6 +817,22 @@ def test_no_text_breaks_the_settings(text: str) -> None:
     for section in ("", "[safety]\n", "[bgp]\ncommunity = "):
         _, faults = parse_settings(section + text)
         assert all(fault.isprintable() for fault in faults)
+
+
+@pytest.mark.parametrize("fault", ["listen = nowhere", "token = a\ntoken = b", "token", "= x"])
+def test_no_fault_in_the_webhook_section_stops_the_controller(directory: object, fault: str) -> None:
+    path = f"{directory}/rtbh.conf"
+    with open(path, "w") as file:
+        file.write(f"[safety]\nmax_routes = 7\n[webhook]\n{fault}\n[bgp]\nnext_hop = 192.0.2.1\n")
+    found, warnings = load_settings(path, ignore="webhook")
+    assert (found.safety.max_routes, found.bgp.next_hop) == (7, "192.0.2.1")
+    assert len(warnings) == 2  # and that `allowed` is empty
+    with pytest.raises(SettingsError):
+        load_settings(path)
+    with open(path, "a") as file:
+        file.write("next_hop = 192.0.2.1\n")
+    with pytest.raises(SettingsError, match="next_hop"):
+        load_settings(path, ignore="webhook")
 
 
 def test_a_fault_in_the_webhook_section_does_not_stop_the_controller(directory: object) -> None:

@@ -370,6 +370,22 @@ def test_static_routes_are_counted_and_left_alone(exabgp: str, directory: Path) 
         wait_for("one more", lambda: upstream.table().keys() == {"192.0.2.1/32", "192.0.2.66/32"})
         trio.echo("withdraw-all")
         wait_for("the static one alone", lambda: upstream.table().keys() == {"192.0.2.66/32"})
+        trio.static = trio.static.replace("192.0.2.66", "192.0.2.67")
+        trio.write_configuration(trio.controller)
+        assert trio.daemon
+        trio.daemon.send(signal.SIGUSR1)
+        os.kill(trio.state()["pid"], signal.SIGHUP)  # as `systemctl reload` does
+
+        def static() -> set[str]:
+            return {route["prefix"] for route in trio.state()["routes"] if route["source"] == "other"}
+
+        wait_for("the new static one", lambda: "192.0.2.67/32" in static())
+        trio.echo("announce 192.0.2.67")
+        trio.wait_for_log("REFUSED 192.0.2.67/32: static")
+        trio.echo("withdraw 192.0.2.66")  # ExaBGP 5.0 still announces it
+        wait_for("the old one's end", lambda: static() == upstream.table().keys() == {"192.0.2.67/32"})
+        trio.echo("announce 192.0.2.66")
+        wait_for("both", lambda: upstream.table().keys() == {"192.0.2.66/32", "192.0.2.67/32"})
     finally:
         trio.stop()
         upstream.stop()
@@ -388,6 +404,59 @@ def test_exabgp_frozen_for_longer_than_the_hold_time(exabgp: str, start_trio: St
         trio.daemon.send(signal.SIGCONT)
     everything = {f"192.0.2.{n}/32" for n in range(2, 30)}
     wait_for("all of it", lambda: advertised(trio) == everything == set(upstream.table()), 40)
+
+
+def test_a_crash_of_exabgp_is_no_clean_stop_even_if_systemd_ends_the_rest(
+    newest_exabgp: str, start_trio: StartTrio
+) -> None:
+    trio, upstream = start_trio(newest_exabgp)
+    trio.echo("announce 192.0.2.1")
+    wait_for("the route", lambda: set(upstream.table()) == {"192.0.2.1/32"})
+    controller = trio.state()["pid"]
+    assert trio.daemon
+    os.kill(controller, signal.SIGSTOP)  # so that it learns both at once
+    trio.daemon.popen.kill()
+    trio.daemon.popen.wait()
+    os.kill(controller, signal.SIGTERM)
+    os.kill(controller, signal.SIGCONT)
+    wait_for("its end", lambda: not Path(f"/proc/{controller}").exists())
+    trio.start_exabgp()
+    wait_for("the route again", lambda: advertised(trio) == set(upstream.table()) == {"192.0.2.1/32"})
+
+
+@pytest.mark.slow
+def test_a_controller_whose_exabgp_is_slow_to_answer_is_not_deaf_afterwards(exabgp: str, start_trio: StartTrio) -> None:
+    trio, upstream = start_trio(exabgp)
+    trio.echo("announce 192.0.2.1")
+    wait_for("the route", lambda: set(upstream.table()) == {"192.0.2.1/32"})
+    old = trio.state()["pid"]
+    assert trio.daemon
+    pid = trio.daemon.popen.pid
+    os.kill(old, signal.SIGKILL)
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    wait_for("its successor", lambda: set(children.read_text().split()) - {str(old)})
+    trio.daemon.send(signal.SIGSTOP)
+    try:
+        trio.wait_for_log("ExaBGP answers nothing")
+    finally:
+        trio.daemon.send(signal.SIGCONT)
+    trio.echo("announce 192.0.2.2", "withdraw 192.0.2.1")
+    wait_for("what was asked for", lambda: advertised(trio) == set(upstream.table()) == {"192.0.2.2/32"})
+
+
+@pytest.mark.slow
+def test_what_is_held_comes_back_even_if_exabgp_answers_nothing(
+    newest_exabgp: str, start_trio: StartTrio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lab.ACK", "false")
+    trio, upstream = start_trio(newest_exabgp)
+    trio.wait_for_log("ExaBGP answers nothing")
+    trio.echo("announce 192.0.2.1")
+    wait_for("the route", lambda: set(upstream.table()) == {"192.0.2.1/32"})
+    restart_exabgp(trio, signal.SIGKILL)
+    wait_for("the route again", lambda: set(upstream.table()) == {"192.0.2.1/32"})
+    trio.echo("withdraw-all")
+    wait_for("its end", lambda: not upstream.table())
 
 
 def test_a_pipe_that_cannot_be_made_is_waited_for(newest_exabgp: str, directory: Path) -> None:

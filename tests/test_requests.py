@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rtbh_controller import Now, Settings, parse_line, parse_prefix, parse_settings, printable
-from webhook_receiver import Decision, Desk, Rejected, Request, RequestReader, View, parse_body, read_orders
+from webhook_receiver import (
+    Decision,
+    Desk,
+    Rejected,
+    Request,
+    RequestReader,
+    View,
+    delivery,
+    parse_body,
+    read_orders,
+)
 
 NOW = Now(1_800_000_000.0, 1000.0)
 
@@ -256,6 +266,16 @@ def test_no_sixty_seconds_hold_more_than_ten(pauses: list[float]) -> None:
             assert len(recent) == 10
 
 
+def test_a_prefix_that_is_held_already_is_not_charged() -> None:
+    """A detector that goes on about what an operator has pinned must not use up what new victims need."""
+    desk = Office("[safety]\nmax_routes = 1")
+    desk.view = view(desk.settings, route("", None, source="pipe"))
+    for second in range(20):
+        desk.announce("192.0.2.1", Now(NOW.wall + second, NOW.mono + second))
+        desk.orders.clear()  # overtaken
+    assert not desk.accepted
+
+
 def test_limits_of_routes_count_what_is_published_and_what_is_on_its_way() -> None:
     desk = Office("[webhook]\nmax_routes = 2\n[safety]\nmax_routes = 4")
     desk.view = view(desk.settings, route("x", prefix="10.0.0.1/32", source="pipe"))
@@ -358,6 +378,32 @@ def test_an_end_is_pursued_until_the_route_has_gone() -> None:
     assert [order.line for order in desk.overdue(still, at)] == ["withdraw 192.0.2.1/32 id=id1"]
     desk.review(view(desk.settings, after=3.5), at)
     assert desk.orders == {}
+
+
+def test_nothing_is_written_again_while_lines_wait_in_the_pipe() -> None:
+    """The first copy may be among them, and behind it a line of somebody who was quicker than our second."""
+    desk = Office()
+    request = Request("withdraw", parse_prefix("192.0.2.1"))
+    desk.commit(desk.decide(request, "id1", desk.view, NOW), request, desk.view, NOW)
+    held = route("", None, NOW.wall - 9)  # what it withdraws
+    late = Now(NOW.wall + 9, NOW.mono + 9)
+    desk.unread_at = late.wall
+    seen = view(desk.settings, held, after=9)
+    assert desk.review(seen, late) == ([], [])
+    assert desk.overdue(seen, late) == []
+    desk.unread_at = late.wall - 1
+    assert len(desk.overdue(seen, late)) == 1
+
+
+def test_a_withdraw_is_delivered_when_exabgp_has_answered() -> None:
+    desk = Office()
+    request = Request("withdraw", parse_prefix("192.0.2.1"))
+    (order,) = desk.commit(desk.decide(request, "", desk.view, NOW), request, desk.view, NOW)
+    state = {"heartbeat": NOW.wall + 1, "neighbors": UP, "routes": []}
+    told = {"127.0.0.1": "advertised"}
+    assert delivery(order, View(desk.settings, state)) == (True, told)
+    assert not delivery(order, View(desk.settings, state | {"withdrawing": ["192.0.2.1/32"]}))[0]
+    assert not delivery(order, View(desk.settings, state | {"heartbeat": NOW.wall - 1}))[0]
 
 
 def test_a_clock_that_was_set_back_holds_nothing_up() -> None:

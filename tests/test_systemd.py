@@ -249,6 +249,10 @@ def test_reload_puts_both_files_in_force_or_harms_nothing(host: Host) -> None:
     host.run("systemctl", "reload", "exabgp", "exabgp-webhook")
     host.wait_for({PREFIX, "192.0.2.66/32"})
     assert host.post('{"target_ip": "192.0.2.101"}') == {"error": "IP is whitelisted"}
+    wait_for(
+        "the static route to be known",
+        lambda: host.post('{"target_ip": "192.0.2.66"}') == {"error": "Announced by exabgp.conf already"},
+    )
     assert pids == [host.main_pid(unit) for unit in ("exabgp", "exabgp-webhook")]
 
 
