@@ -418,6 +418,26 @@ def test_a_pause_in_the_middle_of_an_answer_is_no_end() -> None:
     assert left == []
 
 
+@pytest.mark.parametrize("busy", [True, False])
+def test_one_answer_that_never_comes_does_not_keep_it_asking(busy: bool) -> None:
+    dialogue = greeted()
+    dialogue.waiting += [Tell("announce A"), Tell("announce B")]
+    dialogue.take()
+    dialogue.hear("done")  # of one of them
+    for _ in range(5):
+        dialogue.silent()
+        dialogue.waiting += [Tell("announce C")] * busy
+        for line in dialogue.take().splitlines():
+            dialogue.hear("done" if line else "error")
+    for _ in range(3):
+        dialogue.silent()
+        for _ in dialogue.take().splitlines():
+            dialogue.hear("error")
+    assert not dialogue.unanswered
+    assert dialogue.silent() == ("", [])
+    assert dialogue.take() == b""
+
+
 def test_a_frozen_exabgp_is_not_nudged_for_ever() -> None:
     dialogue = greeted()
     dialogue.waiting.append(Tell("announce A"))
