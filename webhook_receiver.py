@@ -404,7 +404,8 @@ class Desk:
         While lines wait in the pipe the order's may be among them, and behind it an operator's, which
         a second copy of ours would undo.
         """
-        got = max(order.sent_at + 0.2, min(self.unread_at, now.wall) + TICK + 0.2)
+        unread_at = self.unread_at if self.unread_at <= now.wall else 0.0  # the clock was set back
+        got = max(order.sent_at + 0.2, unread_at + TICK + 0.2)
         return view.fresh(now) and view.heartbeat >= got
 
     def next_due(self) -> float:

@@ -410,6 +410,7 @@ def test_a_clock_that_was_set_back_holds_nothing_up() -> None:
     desk = Office()
     desk.announce("192.0.2.1", NOW)
     back = Now(NOW.wall - 3600, NOW.mono + 2)
+    desk.unread_at = NOW.wall
     seen = view(desk.settings, after=-3600)
     desk.review(seen, back)
     assert len(desk.overdue(seen, back)) == 1
