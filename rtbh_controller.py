@@ -14,7 +14,7 @@ percent-encoded). Every other word is ignored. Background: RFC 5635, RFC 7999.
 
 Signals: SIGTERM and SIGINT withdraw every route and end the controller; SIGHUP (which --reload
 sends to the running one) rereads the settings. End of file on stdin (ExaBGP is gone) ends it too.
-Exit codes: 0 a clean end, 1 unusable settings, 2 wrong usage.
+Exit codes: 0 a clean end, 78 unusable settings (EX_CONFIG of sysexits.h), 2 wrong usage, 1 anything else.
 """
 
 from __future__ import annotations
@@ -1980,7 +1980,7 @@ def main() -> int:
         print(f"rtbh-controller: {error}", file=sys.stderr)
         last_good = None if asks else last_good_settings(options.config)
         if last_good is None:
-            return 1
+            return os.EX_CONFIG
         settings, warnings = last_good, [f"the settings can't be used, the last good ones are in force: {error}"]
     if options.status:
         return print_status(settings.paths.state_file)

@@ -11,7 +11,7 @@ was told, or at that time. GET /status (with the token), /health and /metrics. A
 
 Settings: section [webhook] of the file that the controller reads too (see rtbh_controller.py).
 Signals: SIGHUP rereads the settings; SIGTERM and SIGINT stop the receiver.
-Exit codes: 0 a clean end, 1 unusable settings or address, 2 wrong usage.
+Exit codes: 0 a clean end, 78 unusable settings (EX_CONFIG of sysexits.h), 2 wrong usage, 1 anything else.
 """
 
 from __future__ import annotations

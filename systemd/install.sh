@@ -15,11 +15,12 @@
 # ExaBGP comes from PyPI; where that can't be reached, pip's own variables work: PIP_NO_INDEX=1
 # PIP_FIND_LINKS=/directory/of/wheels (exabgp and hatchling, by `pip download exabgp hatchling`).
 set -euo pipefail
+umask 022 # what is installed must be readable by the services' user, whatever root's own is
 
 source=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
 root=${DESTDIR:-}
 home=/opt/exabgp-rtbh
-allowed='' restart='' uninstall='' python=/usr/bin/python3
+allowed='' named='' restart='' uninstall='' python=/usr/bin/python3
 programs=(exabgp exabgpcli rtbh-controller rtbh-webhook)
 units=(exabgp.service exabgp-webhook.service)
 
@@ -28,7 +29,7 @@ die() { echo "install.sh: $*" >&2; exit 1; }
 
 while [ $# -gt 0 ]; do
   case $1 in
-    --allowed) [ $# -gt 1 ] || die "--allowed needs prefixes, such as --allowed 192.0.2.0/24"; allowed=$2; shift ;;
+    --allowed) [ $# -gt 1 ] || die "--allowed needs prefixes, such as --allowed 192.0.2.0/24"; allowed=$2 named=yes; shift ;;
     --python) [ $# -gt 1 ] || die "--python needs a path"; python=$2; shift ;;
     --restart) restart=yes ;;
     --uninstall) uninstall=yes ;;
@@ -38,14 +39,14 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-# Whether a link, or nothing, stands at a path: what somebody else put there is never overwritten.
+# Whether a link or unit of ours stands at a path: what somebody else put there is never overwritten, nor removed.
 ours() { case $(readlink "$1" 2>/dev/null) in "$home"/*) true ;; *) false ;; esac; }
+our_unit() { grep -q '^ExecReload=/etc/exabgp/' "$1" 2>/dev/null; }
 
 remove() {
   say "stopping both services: every blackhole ends"
   for unit in exabgp-webhook.service exabgp.service; do
-    [ ! -e "/etc/systemd/system/$unit" ] || systemctl disable --quiet --now "$unit"
-    rm -f "/etc/systemd/system/$unit"
+    ! our_unit "/etc/systemd/system/$unit" || { systemctl disable --quiet --now "$unit"; rm -f "/etc/systemd/system/$unit"; }
   done
   rm -f /etc/sysusers.d/exabgp-rtbh.conf /etc/tmpfiles.d/exabgp-rtbh.conf /etc/logrotate.d/exabgp-rtbh
   for link in "${programs[@]/#//usr/local/bin/}" \
@@ -78,15 +79,30 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
   command -v apt-get >/dev/null || die "$python can't make virtual environments (no module venv or ensurepip)"
   DEBIAN_FRONTEND=noninteractive apt-get -q install -y python3-venv >&2 || die "the package python3-venv is needed"
 fi
-for program in "${programs[@]}"; do
-  link=$root/usr/local/bin/$program
-  { [ ! -e "$link" ] && [ ! -L "$link" ]; } || ours "$link" || die "$link is there already and not ours: move it away first"
+for link in "${programs[@]/#/$root/usr/local/bin/}" "$root"/etc/exabgp/{rtbh-controller.py,webhook-receiver.py} \
+  "${units[@]/#/$root/etc/systemd/system/}"; do
+  { [ ! -e "$link" ] && [ ! -L "$link" ]; } || ours "$link" || our_unit "$link" ||
+    die "$link is there already and not ours: move it away first"
 done
-if [ ! -e "$root/etc/exabgp/rtbh.conf" ] && [ -z "$allowed" ] && [ -z "$root" ]; then
+if [ -z "$root" ]; then
+  { [ ! -e /etc/exabgp ] || [ "$(stat -c %u /etc/exabgp)" = 0 ]; } ||
+    die "/etc/exabgp belongs to $(stat -c %U /etc/exabgp), who could change what root runs: chown root: /etc/exabgp"
+  unit=$(systemctl show --property=FragmentPath --value exabgp.service)
+  { [ -z "$unit" ] || our_unit "$unit" || ! systemctl is-active --quiet exabgp.service; } ||
+    die "another ExaBGP runs ($unit): systemctl disable --now exabgp"
+  exec 9>/run/exabgp-rtbh-install.lock
+  flock -n 9 || die "another install.sh is at work"
+fi
+if [ -e "$root/etc/exabgp/rtbh.conf" ]; then
+  [ -z "$named" ] ||
+    die "$root/etc/exabgp/rtbh.conf is there already, and stays as it is: set [safety] allowed there, leave out --allowed"
+elif [ -z "$named" ] && [ -z "$root" ]; then
   [ -t 0 ] || die "name your own prefixes, which alone can then be blackholed: --allowed \"192.0.2.0/24 2001:db8::/32\""
   read -r -p "Your own prefixes, which alone can then be blackholed (any: no such guard): " allowed
-  [ -n "$allowed" ] || die "nothing was given, nothing was changed"
+  named=yes
 fi
+read -r -a prefixes <<<"${allowed//[,$'\n']/ }" # by spaces or commas
+[ -z "$named" ] || [ ${#prefixes[@]} -gt 0 ] || die "no prefix was named (any: no such guard), nothing was changed"
 
 # A new environment beside the old one, which a running ExaBGP goes on with.
 new=$home/$(date -u +%Y%m%d-%H%M%S)-$$
@@ -99,10 +115,30 @@ if [ -n "$root" ]; then # it will be used elsewhere
 fi
 config=$root$new/rtbh.conf
 sed 's/^token = /#&/; s|^#token_file = .*|&\n# Neither is set: the service passes /etc/exabgp/webhook-token.|' "$source/etc/rtbh.conf" >"$config"
-if [ -n "$allowed" ] && [ "$allowed" != any ]; then
+if [ -n "$named" ] && [ "${prefixes[*]}" != any ]; then
   sed -i 's/^#allowed =$/allowed =/; /^#    192\.0\.2\.0\/24$/d; /^#    2001:db8::\/32$/d' "$config"
-  for prefix in ${allowed//,/ }; do sed -i "/^allowed =/a\\    ${prefix//[^0-9a-fA-F:.\/]/?}" "$config"; done
+  for prefix in "${prefixes[@]}"; do sed -i "/^allowed =/a\\    ${prefix//[^0-9a-fA-F:.\/]/?}" "$config"; done
   "$root$new/bin/python" -m rtbh_controller --config "$config" --check >/dev/null || die "nothing was changed"
+fi
+# An upgrade: the new version must be able to start with the files as they are.
+upgrade=''
+if [ -z "$root" ] && our_unit /etc/systemd/system/exabgp.service && [ -e /etc/exabgp/rtbh.conf ]; then
+  upgrade=yes
+  mkdir "$new/credentials"
+  ln -s /etc/exabgp/webhook-token "$new/credentials/rtbh-token"
+  checks=("rtbh-controller --check")
+  ! systemctl is-enabled --quiet exabgp-webhook.service || checks+=("rtbh-webhook --check")
+  if "$new/bin/exabgp" version >/dev/null 2>&1; then # 4.2 knows no such word
+    checks+=("exabgp validate /etc/exabgp/exabgp.conf")
+  else
+    checks+=("exabgp --validate /etc/exabgp/exabgp.conf")
+  fi
+  for check in "${checks[@]}"; do
+    # shellcheck disable=SC2086 # a program and its words
+    said=$(CREDENTIALS_DIRECTORY=$new/credentials "$new"/bin/$check 2>&1) ||
+      die "the new version can't start with the files as they are, nothing was changed: $said"
+  done
+  rm -r "$new/credentials"
 fi
 
 if [ -z "$root" ]; then
@@ -137,31 +173,35 @@ install -D -m 0644 "$source/etc/logrotate" "$root/etc/logrotate.d/exabgp-rtbh"
 [ -z "$root" ] || exit 0
 
 token=/etc/exabgp/webhook-token
-[ -e $token ] || (umask 077 && head -c 24 /dev/urandom | base64 | tr '+/' '-_' >$token)
+[ -s $token ] || (umask 077 && head -c 24 /dev/urandom | base64 | tr '+/' '-_' >$token.new && mv $token.new $token)
 systemd-tmpfiles --create exabgp-rtbh.conf
 ! command -v restorecon >/dev/null || restorecon -R "$home" /etc/exabgp
 systemctl daemon-reload
-systemctl enable --quiet "${units[@]}"
+[ -n "$upgrade" ] || systemctl enable --quiet "${units[@]}"
 grep -q 'rtbh-controller\.py' /etc/exabgp/exabgp.conf ||
   say "ATTENTION: /etc/exabgp/exabgp.conf does not run /etc/exabgp/rtbh-controller.py; $home/current/etc/exabgp.conf shows how"
 
-find "$home" -mindepth 1 -maxdepth 1 -type d ! -path "$new" ! -path "$old" -exec rm -rf {} +
+# Environments of before, once nothing runs from them.
+clean() { find "$home" -mindepth 1 -maxdepth 1 -type d ! -path "$new" ! -path "$old" -exec rm -rf {} +; }
 if ! systemctl is-active --quiet exabgp.service; then
   say "installed. Edit /etc/exabgp/exabgp.conf (routers, AS numbers) and /etc/exabgp/rtbh.conf (whitelist), then:"
   say "  systemctl start exabgp exabgp-webhook"
+  clean
   exit 0
 fi
-# What the controller says is held, without the static routes, which come back with ExaBGP.
+# What the controller says is announced, static routes and those of `exabgp cli` too: each is lost for a while.
 held=$("$new/bin/python" -c '
 import time
 from rtbh_controller import load_settings, read_state
 state = read_state(load_settings(None, ignore="webhook")[0].paths.state_file)
 if abs(time.time() - state.get("heartbeat", 0)) < 3:
-    print(sum(route["source"] != "other" for route in state["routes"]))') || true
+    print(len(state["routes"]))') || true
 if [ "${held:-unknown}" = 0 ] || [ -n "$restart" ]; then
   say "upgraded; restarting both services"
-  systemctl restart "${units[@]}"
+  systemctl try-restart "${units[@]}"
+  clean
 else
-  say "upgraded; nothing was restarted, since ${held:-an unknown number of} blackholes are held. The new version runs after"
+  say "upgraded; nothing was restarted, since ${held:-an unknown number of} blackholes are held. A daemon that dies"
+  say "comes back as the new version; all of it runs after"
   say "  systemctl restart exabgp      (which ends them, unless rtbh.conf has restore = always)"
 fi

@@ -232,7 +232,7 @@ def test_check_prints_what_is_in_force_and_never_the_token(config: Path) -> None
 def test_check_names_every_fault(config: Path) -> None:
     config.write_text("[safety]\nmax_routes = x\nwhitlist = 10.0.0.0/8\n[webhook]\nlisten = y\n")
     result = run("--check", RTBH_CONFIG=str(config))
-    assert result.returncode == 1
+    assert result.returncode == os.EX_CONFIG
     for fault in ("[safety] max_routes", "[safety] whitlist", "[webhook] listen"):
         assert fault in result.stderr
     assert "Traceback" not in result.stderr
@@ -241,10 +241,13 @@ def test_check_names_every_fault(config: Path) -> None:
 def test_unusable_settings_end_it_with_their_section_and_key(config: Path) -> None:
     config.write_text("[bgp]\ncommunity = 1:2:3\n")
     result = run("--config", str(config))
-    assert result.returncode == 1
+    assert result.returncode == os.EX_CONFIG
     assert f"{config}: [bgp] community: 1:2:3 is not a community" in result.stderr
     missing = run("--config", str(config.with_name("none")))
-    assert (missing.returncode, missing.stderr) == (1, f"rtbh-controller: {config.with_name('none')}: no such file\n")
+    assert (missing.returncode, missing.stderr) == (
+        os.EX_CONFIG,
+        f"rtbh-controller: {config.with_name('none')}: no such file\n",
+    )
 
 
 def test_status_without_a_controller_says_so(config: Path) -> None:

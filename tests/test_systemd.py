@@ -202,7 +202,8 @@ def readme(heading: str) -> str:
 def test_install_start_announce_in_one_paste(bare: Host) -> None:
     paste = readme("Install")
     assert "systemctl start" in paste
-    bare.shell(f"export PIP_NO_INDEX=1 PIP_FIND_LINKS={WHEELS}; cd {SOURCE}; {paste}")
+    # root's umask may be a strict one: what is installed is for the services' user all the same
+    bare.shell(f"umask 077; export PIP_NO_INDEX=1 PIP_FIND_LINKS={WHEELS}; cd {SOURCE}; {paste}")
     bare.wait_for({PREFIX})
 
 
@@ -348,6 +349,24 @@ def test_a_mistake_in_a_file_is_named_in_the_status(host: Host) -> None:
     wait_for("the receiver", lambda: host.run("systemctl", "is-active", "exabgp-webhook", check=False) == "active\n")
 
 
+def test_a_crash_while_a_file_is_half_edited_is_tried_until_it_is_whole(host: Host) -> None:
+    host.start()
+    host.announce()
+    for name in ("rtbh.conf", "exabgp.conf"):
+        file = host.guest.path(f"/etc/exabgp/{name}")
+        before = file.read_text()
+        file.write_text(before + "\n[half")
+        host.run("kill", "-KILL", str(host.main_pid("exabgp")))
+        failed = "systemctl show --property=NRestarts --value exabgp"
+        wait_for("a second attempt", lambda: int(host.shell(failed)) > 1)  # noqa: B023
+        file.write_text(before)
+        host.wait_for({PREFIX})
+        wait_for("the session", lambda: "neighbor 198.51.100.1 up" in host.status())
+        host.run("systemctl", "restart", "exabgp")  # it counts anew
+        wait_for("the session", lambda: "neighbor 198.51.100.1 up" in host.status())
+        host.announce()
+
+
 def test_a_fault_that_may_pass_is_tried_again(host: Host) -> None:
     host.start()
     host.run("systemctl", "stop", "exabgp-webhook")
@@ -369,7 +388,8 @@ def test_who_may_write_the_pipe_and_read_the_token(host: Host) -> None:
     assert host.post('{"target_ip": "192.0.2.101"}')["status"] == "ok"
     modes = host.run(
         "stat", "-c", "%a %U:%G %n", "/run/exabgp", PIPE, "/run/exabgp/exabgp.in", "/etc/exabgp/webhook-token",
-        "/etc/exabgp/rtbh.conf", "/etc/exabgp/exabgp.conf", "/var/lib/exabgp", "/var/lib/exabgp/journal",
+        "/etc/exabgp/rtbh.conf", "/etc/exabgp/exabgp.conf", "/etc/exabgp/exabgp.env",
+        "/var/lib/exabgp", "/var/lib/exabgp/journal",
         "/var/lib/exabgp/webhook-orders", "/var/log/exabgp", "/var/log/exabgp/webhook.log",
         "/var/log/exabgp/rtbh-controller.log",
     )  # fmt: skip
@@ -380,6 +400,7 @@ def test_who_may_write_the_pipe_and_read_the_token(host: Host) -> None:
         "600 root:root /etc/exabgp/webhook-token",
         "640 root:exabgp /etc/exabgp/rtbh.conf",
         "640 root:exabgp /etc/exabgp/exabgp.conf",
+        "640 root:exabgp /etc/exabgp/exabgp.env",
         "750 exabgp:exabgp /var/lib/exabgp",
         "640 exabgp:exabgp /var/lib/exabgp/journal",
         "640 exabgp:exabgp /var/lib/exabgp/webhook-orders",
@@ -397,6 +418,13 @@ def test_who_may_write_the_pipe_and_read_the_token(host: Host) -> None:
     assert token not in host.shell("ps -ef; cat /proc/*/environ; journalctl; cat /var/log/exabgp/*; systemctl show '*'")
     host.shell(f"{operator} bash -c 'echo announce {PREFIX} > {PIPE}'")
     host.wait_for({PREFIX, "192.0.2.101/32"})
+
+
+def test_exabgps_own_settings_are_in_force(host: Host) -> None:
+    file = host.guest.path("/etc/exabgp/exabgp.env")
+    file.write_text(file.read_text().replace("level = INFO", "level = DEBUG"))
+    host.start()
+    assert host.run("journalctl", "--unit", "exabgp", "--grep", "local-as")
 
 
 def test_exabgps_own_command_line_works(host: Host) -> None:
@@ -430,12 +458,27 @@ def test_an_upgrade_restarts_nothing_while_blackholes_are_held(host: Host) -> No
     host.start()
     host.announce()
     pid = host.main_pid("exabgp")
-    assert "nothing was restarted, since 1 blackholes are held" in install(host.guest)
+    running = host.shell("readlink -f /opt/exabgp-rtbh/current").strip()
+    for _ in range(2):
+        assert "nothing was restarted, since 1 blackholes are held" in install(host.guest)
     assert host.main_pid("exabgp") == pid
+    assert host.guest.path(running).exists()  # what the running daemons may still load from
+    with pytest.raises(LabError, match=r"rtbh\.conf is there already, and stays as it is"):
+        install(host.guest, "--allowed", "192.0.2.0/25")
+    config = host.guest.path("/etc/exabgp/rtbh.conf")
+    good, new = config.read_text(), host.shell("readlink -f /opt/exabgp-rtbh/current")
+    config.write_text(good + "\n[bgp]\ncommunity = here\n")
+    with pytest.raises(LabError, match=r"nothing was changed: .*bgp"):
+        install(host.guest, "--restart")
+    assert host.shell("readlink -f /opt/exabgp-rtbh/current") == new
+    config.write_text(good)
     assert host.router.blackholes() == {PREFIX}
     host.shell(f"echo withdraw {PREFIX} > {PIPE}")
     host.wait_for(set())
+    host.run("systemctl", "disable", "exabgp-webhook")
     assert "restarting both services" in install(host.guest)
+    assert host.run("systemctl", "is-enabled", "exabgp-webhook", check=False) == "disabled\n"
+    assert not host.guest.path(running).exists()
     assert host.main_pid("exabgp") != pid
     assert host.shell("cd /etc/exabgp; sha256sum *.conf *.env") == before
     assert host.guest.path("/etc/exabgp/webhook-token").read_text() == token
@@ -456,15 +499,22 @@ def test_the_installer_says_what_is_in_the_way_and_changes_nothing(bare: Host) -
         ([], "name your own prefixes"),
         (["--allowed", "192.0.2.1/24"], "host bits"),
         (["--allowed", "here"], r"\[safety\] allowed"),
+        (["--allowed", " , "], "no prefix was named"),
         (["--allowed", "any", "--python", "/root/python"], "no Python at /root/python"),
         (["--what"], "unknown option --what"),
     ):
         with pytest.raises(LabError, match=complaint):
             install(bare.guest, *options)
-    bare.shell("touch /usr/local/bin/exabgp")
-    with pytest.raises(LabError, match="/usr/local/bin/exabgp is there already"):
+    for theirs in ("/usr/local/bin/exabgp", "/etc/systemd/system/exabgp.service", "/etc/exabgp/rtbh-controller.py"):
+        bare.shell(f"mkdir -p $(dirname {theirs}); touch {theirs}")
+        with pytest.raises(LabError, match=f"{theirs} is there already"):
+            install(bare.guest, "--allowed", "any")
+        install(bare.guest, "--uninstall")
+        bare.shell(f"rm {theirs}")  # it is still there
+    bare.shell("chown nobody /etc/exabgp")
+    with pytest.raises(LabError, match="/etc/exabgp belongs to nobody"):
         install(bare.guest, "--allowed", "any")
-    assert not bare.guest.path("/etc/exabgp").exists()
+    assert bare.shell("ls /etc/exabgp") == ""
     assert bare.shell("ls /opt/exabgp-rtbh 2>/dev/null", check=False) == ""
 
 
