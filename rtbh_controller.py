@@ -1383,6 +1383,9 @@ def newest(waiting: queue.SimpleQueue[Any]) -> Any:
     return found
 
 
+SPARE = 8 * 1024  # bytes of blanks, from one to two times as many, behind the state: room for what is to come
+
+
 class Publisher:
     """Replaces the state file from a thread of its own, always with the newest text."""
 
@@ -1398,6 +1401,7 @@ class Publisher:
     def write(self) -> None:
         while True:
             text = newest(self.texts)
+            text += b" " * (2 * SPARE - len(text) % SPARE)
             try:
                 descriptor = os.open(f"{self.path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o640)
                 with open(descriptor, "wb") as file:
@@ -1406,6 +1410,9 @@ class Publisher:
                 failed = ""
             except OSError as error:
                 failed = f"ERROR: cannot write the state: {error}"
+                # A full disk takes it in the place of the old one, which has room to spare.
+                with contextlib.suppress(OSError), open(self.path, "r+b") as file:
+                    file.write(text)
             if failed and failed != self.failed:
                 self.log(failed)
             self.failed = failed

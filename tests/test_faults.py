@@ -275,6 +275,8 @@ def test_a_log_or_state_that_cannot_be_written_stops_nothing(
     wait_for("the route", lambda: set(upstream.table()) == {"192.0.2.2/32"})
     log, error = ("exabgp.log", "cannot write") if "log" in file else ("rtbh-controller.log", "cannot write the state")
     trio.wait_for_log(error, log)
+    assert post(trio, '{"target_ip": "192.0.2.4", "wait": 5}')[1].get("delivered") is True
+    assert post(trio, '{"action": "withdraw", "target_ip": "192.0.2.4"}')[0] == 200
     if trouble == "full":
         path.unlink()
     else:

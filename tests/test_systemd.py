@@ -383,6 +383,26 @@ def test_a_fault_that_may_pass_is_tried_again(host: Host) -> None:
     wait_for("the receiver", lambda: host.run("systemctl", "is-active", "exabgp-webhook", check=False) == "active\n")
 
 
+def test_a_full_disk_stops_nothing(host: Host) -> None:
+    disk = "mount -t tmpfs -o size=300k,mode=750,uid=$(id -u exabgp),gid=$(id -g exabgp) tmpfs /var/lib/exabgp"
+    host.shell(disk)
+    host.start()
+    host.announce()
+    host.shell("head -c 1M /dev/zero > /var/lib/exabgp/filler", check=False)
+    more = {f"192.0.2.{n}/32" for n in range(101, 121)}
+    host.shell(f"printf 'announce %s\\n' {' '.join(more)} > {PIPE}")
+    host.wait_for({PREFIX} | more)
+    assert host.post('{"target_ip": "192.0.2.121", "wait": 5}')["delivered"] is True
+    host.run("systemctl", "reload", "exabgp")
+    assert "controller running" in host.status()
+    host.shell("rm /var/lib/exabgp/filler")
+    log = host.guest.path("/var/log/exabgp/rtbh-controller.log")
+    wait_for("the journal", lambda: "The journal is written again" in log.read_text())
+    host.run("kill", "-KILL", str(host.main_pid("exabgp")))
+    host.wait_for(set())
+    host.wait_for({PREFIX, "192.0.2.121/32"} | more)
+
+
 def test_who_may_write_the_pipe_and_read_the_token(host: Host) -> None:
     host.start()
     assert host.post('{"target_ip": "192.0.2.101"}')["status"] == "ok"
