@@ -142,7 +142,8 @@ class Receiver:
         """Send bytes, then read until the receiver closes."""
         with socket.create_connection(("127.0.0.1", self.port), 10) as client:
             client.sendall(data)
-            client.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # it may have closed already
+                client.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: client.recv(65536), b""))
 
     def logged(self, text: str) -> bool:

@@ -2,9 +2,10 @@
 
     outside 203.0.113.50 --- 203.0.113.1 [router] 192.0.2.1 --- 192.0.2.100 victim, 192.0.2.101 bystander
     host 198.51.100.10   --- 198.51.100.1    |    198.51.101.1 --- 198.51.101.2 third router
+                                                  2001:db8:3::1 -- 2001:db8:3::2
 
-The routers run the files of etc/routers as shipped, and beside them a session with the third
-router to which everything is exported that may be. Needs root; CannotRun says what is missing.
+The routers run the files of etc/routers as shipped, and beside them a session for each family with
+the third router, to which everything is exported that may be. Needs root; CannotRun says what is missing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from guest import PATH, CannotRun, Namespace, needs
 from lab import ROOT, Process, Trio, clean_environment, wait_for
@@ -33,7 +35,7 @@ allowed =
     192.0.2.0/24
     2001:db8::/32
 """
-MARKER = "198.18.77.0/24"  # what the third router gets, which shows that its session works
+MARKER, MARKER6 = "198.18.77.0/24", "2001:db9::/48"  # what the third router gets: so its sessions work
 
 
 class Router:
@@ -66,6 +68,10 @@ class Router:
 
     def discards(self) -> set[str]:
         """The prefixes that are dropped."""
+        raise NotImplementedError
+
+    def accepted(self) -> set[str]:
+        """The prefixes in its own BGP table, dropped or not."""
         raise NotImplementedError
 
     def flap(self) -> None:
@@ -109,9 +115,13 @@ class Bird(Router):
     refuses_one_too_many = True
     beside = f"""
 protocol static {{ ipv4; route {MARKER} blackhole; }}
+protocol static {{ ipv6; route {MARKER6} blackhole; }}
 protocol bgp third {{
   local 198.51.101.1 as 65000; neighbor 198.51.101.2 as 65010;
   ipv4 {{ import none; export all; }};
+}}
+protocol bgp third6 {{
+  local 2001:db8:3::1 as 65000; neighbor 2001:db8:3::2 as 65010;
   ipv6 {{ import none; export all; next hop self; }};
 }}
 """
@@ -145,6 +155,9 @@ protocol bgp third {{
         """What its own tables hold."""
         return set(re.findall(r"(?m)^([0-9a-f.:]+/\d+) ", self.client("show", "route")))
 
+    def accepted(self) -> set[str]:
+        return self.routes() - {MARKER, MARKER6}
+
 
 class SecondBird(Bird):
     """The second upstream of etc/exabgp.conf."""
@@ -163,11 +176,13 @@ class Frr(Router):
     discards_in_kernel = True
     beside = f"""
 ip route {MARKER} blackhole
+ipv6 route {MARKER6} blackhole
 route-map ALL permit 10
 exit
 router bgp 65000
  no bgp network import-check
  neighbor 198.51.101.2 remote-as 65010
+ neighbor 2001:db8:3::2 remote-as 65010
  address-family ipv4 unicast
   network {MARKER}
   neighbor 198.51.101.2 activate
@@ -175,9 +190,10 @@ router bgp 65000
   neighbor 198.51.101.2 route-map NOTHING in
  exit-address-family
  address-family ipv6 unicast
-  neighbor 198.51.101.2 activate
-  neighbor 198.51.101.2 route-map ALL out
-  neighbor 198.51.101.2 route-map NOTHING in
+  network {MARKER6}
+  neighbor 2001:db8:3::2 activate
+  neighbor 2001:db8:3::2 route-map ALL out
+  neighbor 2001:db8:3::2 route-map NOTHING in
  exit-address-family
 exit
 """
@@ -222,7 +238,11 @@ exit
         return bool(found.get("198.51.100.10", {}).get("bgpState") == "Established")
 
     def discards(self) -> set[str]:
-        return self.kernel_discards() - {MARKER}
+        return self.kernel_discards() - {MARKER, MARKER6}
+
+    def accepted(self) -> set[str]:
+        tables = [json.loads(self.client("-c", f"show bgp {family} unicast json")) for family in ("ipv4", "ipv6")]
+        return {prefix for table in tables for prefix in table["routes"]} - {MARKER, MARKER6}
 
     def flap(self) -> None:
         self.client("-c", "clear bgp 198.51.100.10")
@@ -240,11 +260,22 @@ class Gobgp(Router):
 prefix-set-name = "marker"
 [[defined-sets.prefix-sets.prefix-list]]
 ip-prefix = "{MARKER}"
+[[defined-sets.prefix-sets]]
+prefix-set-name = "marker6"
+[[defined-sets.prefix-sets.prefix-list]]
+ip-prefix = "{MARKER6}"
 [[policy-definitions]]
 name = "marker"
 [[policy-definitions.statements]]
+name = "marker4"
 [policy-definitions.statements.conditions.match-prefix-set]
 prefix-set = "marker"
+[policy-definitions.statements.actions]
+route-disposition = "accept-route"
+[[policy-definitions.statements]]
+name = "marker6"
+[policy-definitions.statements.conditions.match-prefix-set]
+prefix-set = "marker6"
 [policy-definitions.statements.actions]
 route-disposition = "accept-route"
 [[neighbors]]
@@ -256,6 +287,12 @@ passive-mode = true
 [[neighbors.afi-safis]]
 [neighbors.afi-safis.config]
 afi-safi-name = "ipv4-unicast"
+[[neighbors]]
+[neighbors.config]
+neighbor-address = "2001:db8:3::2"
+peer-as = 65010
+[neighbors.transport.config]
+passive-mode = true
 [[neighbors.afi-safis]]
 [neighbors.afi-safis.config]
 afi-safi-name = "ipv6-unicast"
@@ -264,15 +301,16 @@ afi-safi-name = "ipv6-unicast"
     def start(self) -> None:
         needs("gobgpd", "gobgp")
         text = (ROOT / "etc/routers/gobgpd.toml").read_text()
-        text = text.replace('["198.51.100.1"]', '["198.51.100.1", "198.51.101.1"]')
+        text = text.replace('["198.51.100.1"]', '["198.51.100.1", "198.51.101.1", "2001:db8:3::1"]')
         text = text.replace('["rtbh-in"]', '["rtbh-in", "marker"]')
         text = text.replace('export-policy = "reject-route"', 'export-policy = "accept-route"') + self.beside
         (self.directory / "gobgpd.toml").write_text(text)
         self.launch(
             "gobgpd", "-f", str(self.directory / "gobgpd.toml"), "--api-hosts", "127.0.0.1:50051", "--pprof-disable"
         )
-        wait_for("GoBGP", lambda: "198.51.101.2" in self.client("neighbor"))
+        wait_for("GoBGP", lambda: "2001:db8:3::2" in self.client("neighbor"))
         self.client("global", "rib", "add", MARKER)
+        self.client("global", "rib", "add", "-a", "ipv6", MARKER6)
 
     def client(self, *words: str) -> str:
         return self.namespace.run("gobgp", *words, check=False)
@@ -283,12 +321,17 @@ afi-safi-name = "ipv6-unicast"
     def flap(self) -> None:
         self.client("neighbor", "198.51.100.10", "reset")
 
+    def tables(self) -> list[dict[str, object]]:
+        return [json.loads(self.client("global", "rib", "-a", family, "-j") or "{}") for family in ("ipv4", "ipv6")]
+
     def discards(self) -> set[str]:
         found = set()
-        for family, next_hop in (("ipv4", "198.18.0.66"), ("ipv6", "100::66")):
-            table = json.loads(self.client("global", "rib", "-a", family, "-j") or "{}")
+        for table, next_hop in zip(self.tables(), ("198.18.0.66", "100::66")):
             found |= {prefix for prefix, paths in table.items() if f'"{next_hop}"' in json.dumps(paths)}
         return found
+
+    def accepted(self) -> set[str]:
+        return {prefix for table in self.tables() for prefix in table} - {MARKER, MARKER6}
 
 
 class Openbgpd(Router):
@@ -297,12 +340,16 @@ class Openbgpd(Router):
     name = "OpenBGPD"
     beside = f"""
 network {MARKER}
+network {MARKER6}
 neighbor 198.51.101.2 {{
 	remote-as 65010
 	announce IPv4 unicast
+}}
+neighbor 2001:db8:3::2 {{
+	remote-as 65010
 	announce IPv6 unicast
 }}
-allow to 198.51.101.2
+allow to {{ 198.51.101.2, 2001:db8:3::2 }}
 """
 
     def start(self) -> None:
@@ -310,7 +357,9 @@ allow to 198.51.101.2
         if not Path("/usr/sbin/bgpd").exists():
             raise CannotRun("OpenBGPD is missing")
         text = (ROOT / "etc/routers/openbgpd.conf").read_text().replace("listen on", "fib-update no\nlisten on")
-        text = text.replace("listen on 198.51.100.1\n", "listen on 198.51.100.1\nlisten on 198.51.101.1\n")
+        text = text.replace(
+            "listen on 198.51.100.1\n", "listen on 198.51.100.1\nlisten on 198.51.101.1\nlisten on 2001:db8:3::1\n"
+        )
         configuration = self.directory / "bgpd.conf"
         configuration.write_text(text + f'\nsocket "{self.directory}/control"\n' + self.beside)
         configuration.chmod(0o600)
@@ -328,11 +377,18 @@ allow to 198.51.101.2
     def flap(self) -> None:
         self.client("neighbor", "198.51.100.10", "clear")
 
-    def discards(self) -> set[str]:
+    def table(self) -> list[dict[str, Any]]:
         found = json.loads(self.client("show", "rib", "detail", "neighbor", "198.51.100.10") or "{}")
+        routes: list[dict[str, Any]] = found.get("rib", [])
+        return routes
+
+    def discards(self) -> set[str]:
         # The second community is its own, set by the rule that sets the discard too.
         marks = {"BLACKHOLE", "NO_ADVERTISE"}
-        return {route["prefix"] for route in found.get("rib", []) if marks <= set(route.get("communities", []))}
+        return {route["prefix"] for route in self.table() if marks <= set(route.get("communities", []))}
+
+    def accepted(self) -> set[str]:
+        return {route["prefix"] for route in self.table()}
 
 
 class Third(Bird):
@@ -348,6 +404,10 @@ protocol bgp upstream {
   local 198.51.101.2 as 65010; neighbor 198.51.101.1 as 65000;
   connect retry time 1; connect delay time 1; error wait time 1, 2;
   ipv4 { import all; export none; };
+}
+protocol bgp upstream6 {
+  local 2001:db8:3::2 as 65010; neighbor 2001:db8:3::1 as 65000;
+  connect retry time 1; connect delay time 1; error wait time 1, 2;
   ipv6 { import all; export none; };
 }
 """
@@ -450,7 +510,8 @@ class Site:
         forward = "echo 1 > /proc/sys/net/ipv4/ip_forward; echo 1 > /proc/sys/net/ipv6/conf/all/forwarding"
         self.inner.run("sh", "-c", forward)
         beyond = self.namespace()
-        self.inner.link(beyond, "third", "eth0", "198.51.101.1/24", "198.51.101.2/24")
+        addresses = ["198.51.101.1/24", "198.51.101.2/24", "2001:db8:3::1/64", "2001:db8:3::2/64"]
+        self.inner.link(beyond, "third", "eth0", *addresses)
         self.inner.run("ip", "link", "add", "hosts", "type", "bridge")
         self.inner.run("ip", "address", "add", "198.51.100.1/24", "dev", "hosts")
         self.inner.run("ip", "link", "set", "hosts", "up")
@@ -494,9 +555,9 @@ class Site:
         )
 
     def exported(self) -> set[str]:
-        """What the third router has, but for the marker, without which it would prove nothing."""
-        wait_for("the third router's session", lambda: MARKER in self.third.routes(), 60)
-        return self.third.routes() - {MARKER}
+        """What the third router has, but for the markers, without which it would prove nothing."""
+        wait_for("the third router's sessions", lambda: {MARKER, MARKER6} <= self.third.routes(), 60)
+        return self.third.accepted()
 
 
 ROUTERS: tuple[type[Router], ...] = (Bird, Frr, Gobgp, Openbgpd)

@@ -41,7 +41,7 @@ def test_announce_and_withdraw(site: Site, victim: str, bystander: str, bits: in
 def test_a_post_ends_by_itself(site: Site, victim: str, bystander: str, bits: int) -> None:
     host = site.add_host()
     host.start()
-    answer = host.post(f'{{"target_ip": "{victim}", "withdraw_after": 4, "wait": 2}}')
+    answer = host.post(f'{{"target_ip": "{victim}", "withdraw_after": 8, "wait": 2}}')
     assert answer["delivered"] is True
     check(site, victim, bystander, f"{victim}/{bits}", dropped=True)
     check(site, victim, bystander, f"{victim}/{bits}", dropped=False)

@@ -25,6 +25,7 @@ def test_short_ones_others_and_those_without_the_community(site: Site) -> None:
     host.start()
     host.echo("announce 192.0.2.9", "announce 2001:db8:1::9")  # behind them all on the wire
     site.wait_for_discards({"192.0.2.9/32", "2001:db8:1::9/128"})
+    assert site.router.accepted() == {"192.0.2.9/32", "2001:db8:1::9/128"}
     assert site.exported() == set()
 
 
