@@ -47,13 +47,16 @@ class Soak:
         self.away = False  # the controller was ended since the last check
         self.dead = 0  # the process id of the last one killed
         self.killed: list[float] = []  # monotonic: when
+        self.settings = host.settings
+        self.protected = ""  # a prefix that the whitelist holds, for a while
 
     # -- what people and detectors do
 
     def announce(self) -> None:
         prefix = self.chance.choice(PREFIXES)
         self.echo(f"announce {prefix}")
-        self.model[prefix] = None
+        if prefix != self.protected:
+            self.model[prefix] = None
 
     def withdraw(self) -> None:
         prefix = self.chance.choice(PREFIXES)
@@ -70,7 +73,7 @@ class Soak:
     def post(self) -> None:
         """A new blackhole, or the renewal of one; one pinned by hand stays pinned."""
         prefix, length = self.chance.choice(PREFIXES), self.chance.randint(1, 20)
-        if self.posted(f'{{"target_ip": "{prefix}", "withdraw_after": {length}}}'):
+        if self.posted(f'{{"target_ip": "{prefix}", "withdraw_after": {length}}}', prefix == self.protected):
             pinned = self.model.get(prefix, 0.0) is None
             self.model[prefix] = None if pinned else time.time() + length
 
@@ -79,12 +82,16 @@ class Soak:
         if self.posted(f'{{"action": "withdraw", "target_ip": "{prefix}"}}'):
             self.model.pop(prefix, None)
 
-    def posted(self, body: str) -> bool:
+    def posted(self, body: str, protected: bool = False) -> bool:
         """Whether it was taken; a 503 says that nothing was done."""
         answer = self.host.post(body)
-        assert answer.get("status") == "ok" or "error" in answer, answer
-        self.did["refused POST"] += "error" in answer
-        return "error" not in answer
+        if protected:
+            assert answer == {"error": "IP is whitelisted"}
+            return False
+        away = answer == {"error": "The controller cannot take commands now"}
+        assert away or answer.get("status") == "ok", answer
+        self.did["POST while the controller was away"] += away
+        return not away
 
     def echo(self, line: str) -> None:
         if self.away:  # a line lost with the controller is sent again by the receiver: not into the middle of ours
@@ -123,11 +130,22 @@ class Soak:
         self.host.start_receiver()
 
     def reload(self) -> None:
-        self.host.write_settings(self.host.settings + f"max_routes = {self.chance.randint(48, 50)}\n")
+        """Protect another prefix, or none: its blackhole ends, and it can't be blackholed until the next reload."""
+        self.settle()
+        self.protected = self.chance.choice(["", *PREFIXES])
+        self.host.settings = f"{self.settings}whitelist = {self.protected}\n"
+        self.host.write_settings(self.host.settings)
+        logs = ("rtbh-controller.log", "webhook.log")
+        before = [self.host.log_text(log).count("Settings reloaded") for log in logs]
         assert self.host.receiver
         self.host.receiver.send(signal.SIGHUP)
-        if not self.away:
-            os.kill(self.host.state()["pid"], signal.SIGHUP)
+        os.kill(self.host.state()["pid"], signal.SIGHUP)
+        for log, count in zip(logs, before):
+            wait_for(
+                f"{log} to tell of the reload",
+                lambda log=log, count=count: self.host.log_text(log).count("Settings reloaded") > count,  # type: ignore[misc]
+            )
+        self.model.pop(self.protected, None)
 
     def reload_exabgp(self) -> None:
         assert self.host.daemon
@@ -203,11 +221,15 @@ class Soak:
             self.did[way.__name__] += 1
             way()
         self.check()
+        never = [way.__name__ for way in ways if not self.did[way.__name__]]
+        assert not never or seconds < 60
+        assert self.did["POST while the controller was away"] < self.did["post"] / 4
 
 
 def test_the_table_is_the_models(
     make_site: MakeSite, exabgp: str, record_property: Callable[[str, object], None]
 ) -> None:
+    print(f"RTBH_SOAK_SEED={SEED}")  # shown if it fails
     site = make_site(Bird, exabgp)
     host = site.add_host()
     host.settings = SETTINGS + "restore = always\n"
@@ -222,5 +244,6 @@ def test_the_table_is_the_models(
     assert site.exported() == set()
     for log in ("rtbh-controller.log", "webhook.log", "exabgp.log"):
         assert "Traceback" not in host.log_text(log)
+        assert "please report it" not in host.log_text(log)
     host.echo("withdraw-all")
     site.wait_for_discards(set())
