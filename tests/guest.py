@@ -107,6 +107,7 @@ class Guest:
             subprocess.run(["cp", "-a", str(like / "changes"), str(directory)], check=True)
         self.cgroup = CGROUPS / directory.name
         self.pid = 0
+        self.parent: subprocess.Popen[bytes] | None = None
 
     def boot(self) -> None:
         """Start it; returns when all its services have been started. Raises CannotRun or LabError."""
@@ -117,17 +118,17 @@ class Guest:
         script = str(Path(__file__).with_name("guest.sh"))
         with (self.directory / "console").open("ab") as console:
             namespaces = ["--mount", "--pid", "--fork", "--uts", "--ipc", "--net"]
-            self.parent = subprocess.Popen(
+            parent = self.parent = subprocess.Popen(
                 ["unshare", *namespaces, script, "enter", str(self.cgroup), str(self.directory), *shown],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
                 env=ENVIRONMENT,
             )
-        children = Path(f"/proc/{self.parent.pid}/task/{self.parent.pid}/children")
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
 
         def up() -> bool:
-            if self.parent.poll() is not None:
+            if parent.poll() is not None:
                 raise CannotRun(f"a systemd can't be booted: {(self.directory / 'console').read_text()}")
             self.pid = int((children.read_text().split() or ["0"])[0])
             return Path(f"/proc/{self.pid}/root/run/systemd/private").exists()
@@ -155,14 +156,16 @@ class Guest:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGRTMIN + 4)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.parent.wait(30)
+            if self.parent:
+                self.parent.wait(30)
         self.pull_the_plug()
 
     def pull_the_plug(self) -> None:
         """All at once."""
         with contextlib.suppress(FileNotFoundError):  # systemd removes it at its end
             (self.cgroup / "cgroup.kill").write_text("1")
-        self.parent.wait(10)
+        if self.parent:
+            self.parent.wait(10)
         wait_for("the guest's end", self.removed)
 
     def removed(self) -> bool:
@@ -172,7 +175,7 @@ class Guest:
         return not self.cgroup.exists()
 
     def close(self) -> None:
-        if self.pid:
+        if self.cgroup.exists():
             self.pull_the_plug()
 
 
