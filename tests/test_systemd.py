@@ -539,6 +539,13 @@ def test_the_installer_says_what_is_in_the_way_and_changes_nothing(bare: Host) -
     assert bare.shell("ls /opt/exabgp-rtbh 2>/dev/null", check=False) == ""
 
 
+def test_on_a_terminal_the_installer_asks_for_the_prefixes(bare: Host) -> None:
+    offline = f"PIP_NO_INDEX=1 PIP_FIND_LINKS={WHEELS}"
+    said = bare.shell(f"echo 192.0.2.0/24, 2001:db8::/32 | {offline} script -qec {SOURCE}/systemd/install.sh /dev/null")
+    assert "Your own prefixes" in said
+    assert "\nallowed = 2001:db8::/32 192.0.2.0/24\n" in bare.run("rtbh-controller", "--check")
+
+
 def test_packagers_get_the_files_alone(bare: Host) -> None:
     install(bare.guest, DESTDIR="/tmp/stage")
     files = bare.shell("cd /tmp/stage; find . -not -path './opt/*/*/*' \\( -type f -o -type l \\) | sort").split()
