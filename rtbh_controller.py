@@ -1413,6 +1413,7 @@ class Publisher:
                 # A full disk takes it in the place of the old one, which has room to spare.
                 with contextlib.suppress(OSError), open(self.path, "r+b") as file:
                     file.write(text)
+                    file.truncate()
             if failed and failed != self.failed:
                 self.log(failed)
             self.failed = failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -15,6 +16,7 @@ import pytest
 
 from conftest import StartTrio
 from lab import ROOT, Trio, Upstream, clean_environment, wait_for
+from rtbh_controller import Publisher, read_state
 
 CONTROLLER = [sys.executable, str(ROOT / "rtbh_controller.py")]
 
@@ -131,6 +133,17 @@ def test_a_log_that_cannot_be_written_stops_nothing(newest_exabgp: str, start_tr
     log.unlink()
     trio.echo("announce 192.0.2.2")
     wait_for("the log again", lambda: "ANNOUNCE 192.0.2.2/32" in trio.log_text())
+
+
+def test_a_state_that_shrinks_on_a_full_disk_is_whole(directory: Path) -> None:
+    path = directory / "state.json"
+    publish = Publisher(str(path), lambda text: None)
+    for routes in (["192.0.2.1/32"] * 2000, [], ["192.0.2.2/32"] * 100):
+        state = {"heartbeat": 1.0, "routes": routes}
+        publish(bytearray(json.dumps(state).encode()))
+        wait_for("the state", lambda state=state: read_state(str(path)) == state)  # type: ignore[misc]
+        if not path.with_name("state.json.new").is_symlink():
+            path.with_name("state.json.new").symlink_to("/dev/full")
 
 
 def test_a_second_controller_waits_for_the_first(newest_exabgp: str, start_trio: StartTrio) -> None:
