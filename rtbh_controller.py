@@ -394,13 +394,9 @@ def load_settings(path: str | None, ignore: str = "") -> tuple[Settings, list[st
         settings, faults = Settings(), []
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError([f"{path}: cannot be read: {error}"]) from None
-    warnings = []
+    warnings: list[str] = []
     if faults and ignore:
-        rest, others = parse_settings(without_section(text, ignore))
-        if others:
-            faults = list(dict.fromkeys([*others, *faults]))
-        else:
-            settings, warnings, faults = rest, faults, []
+        settings, warnings, faults = ignore_section(text, ignore)
     if faults:
         raise SettingsError([f"{path}: {fault}" for fault in faults])
     if not settings.safety.allowed:
@@ -408,9 +404,32 @@ def load_settings(path: str | None, ignore: str = "") -> tuple[Settings, list[st
     return settings, warnings
 
 
-def without_section(text: str, section: str) -> str:
-    """The text of a settings file, without the lines of a section."""
-    return re.sub(rf"(?ms)^\[{section}\].*?(?=^\[|\Z)", "", text)
+def ignore_section(text: str, section: str) -> tuple[Settings, list[str], list[str]]:
+    """The settings without a section that holds the faults, these as warnings, and all faults if there are others.
+
+    The section ends at the next header; should that one be damaged, its keys would be cut away with
+    it, and with them a guard. So a line that does not belong to the section makes its faults count.
+    """
+    faults = parse_settings(text)[1]
+    cut: list[str] = []
+
+    def keep(found: re.Match[str]) -> str:
+        cut.append(found[0])
+        return ""
+
+    rest = re.sub(rf"(?ms)^[ \t]*\[{section}\].*?(?=^[ \t]*\[|\Z)", keep, text)
+    settings, others = parse_settings(rest)
+    strange = [line for part in cut for line in part.splitlines()[1:] if not belongs(line, section)]
+    if others or strange:
+        return Settings(), [], list(dict.fromkeys([*others, *faults]))
+    return settings, faults, []
+
+
+def belongs(line: str, section: str) -> bool:
+    """Whether a line can be one of the section, if a faulty one: blank, a comment, indented, or with a key of its."""
+    if not line.strip() or line[0] in " \t#;":
+        return "[" not in line  # a header that was commented out, by chance
+    return line.partition("=")[0].strip() in ("", *KEYS[section])
 
 
 def describe_settings(settings: Settings) -> str:
@@ -910,7 +929,9 @@ class Blackholes:
         # The process may go by another name; where none has ours, each one's may be us.
         named = {address for address, processes in found.items() if PROCESS in processes}
         reached = named or {address for address, processes in found.items() if processes}
-        for known in set(self.neighbors) - reached if found else ():
+        # One that names no process may still be ours, by `processes-match`: then it has told us of its session.
+        unnamed = {address for address, processes in found.items() if not processes}
+        for known in set(self.neighbors) - reached - unnamed if found else ():
             del self.neighbors[known]
         for address in found:
             if address in reached:
@@ -1949,7 +1970,10 @@ class LastGood:
             with open(self.path, encoding="utf-8") as file:
                 text = file.read()
             if text.startswith(self.head):
-                return parse_settings(text)[0]
+                settings, faults = parse_settings(text)
+                if faults:
+                    settings, _, faults = ignore_section(text, "webhook")
+                return None if faults else settings
         return None
 
     def write(self, config: str | None) -> None:
@@ -1962,11 +1986,17 @@ class LastGood:
             os.replace(f"{self.path}.new", self.path)
 
 
+def state_dir_of(text: str) -> str:
+    """The state_dir that a file names, whatever else is wrong with it."""
+    named = re.findall(r"(?m)^[ \t]*state_dir[ \t]*=[ \t]*(/.*?)[ \t]*$", text)
+    return os.path.normpath(named[-1]) if named else Paths().state_dir
+
+
 def last_good_settings(config: str | None) -> Settings | None:
     """What a controller that is started again by its ExaBGP falls back on, when the file can't be used now."""
     try:
         with open(config_path(config), encoding="utf-8") as file:
-            state_dir = parse_settings(file.read())[0].paths.state_dir
+            state_dir = state_dir_of(file.read())
     except (OSError, UnicodeDecodeError):
         state_dir = Paths().state_dir
     return LastGood(state_dir, parent_process()).read()

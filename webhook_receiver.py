@@ -306,7 +306,8 @@ class Desk:
         length = limits.withdraw_after if request.withdraw_after is None else request.withdraw_after
         if not 1 <= length <= limits.max_withdraw_after:
             raise Rejected(400, f"withdraw_after: must be from 1 to {limits.max_withdraw_after} seconds")
-        charged = not self.holds(prefix) and prefix not in view.mirror.routes
+        own = self.orders.get(prefix)
+        charged = own.action == "withdraw" if own else prefix not in view.mirror.routes
         self.check_guards(request.prefix, charged, view, now)
         if charged:
             self.check_rate(prefix, now)
@@ -319,11 +320,6 @@ class Desk:
 
     def order(self, prefix: str, action: str, identity: str, line: str, now: Now) -> Order:
         return Order(prefix, action, identity, line, now.wall, again_at=now.mono + CONFIRM)
-
-    def holds(self, prefix: str) -> bool:
-        """Whether this receiver has announced the prefix, and it is not over: announcing it again is a renewal."""
-        order = self.orders.get(prefix)
-        return order is not None and order.action == "announce"
 
     def check_guards(self, prefix: Prefix, new: bool, view: View, now: Now) -> None:
         """The controller's own guards, so that nothing is accepted here that it refuses. Raises Rejected."""

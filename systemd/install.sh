@@ -127,15 +127,17 @@ if [ -z "$root" ] && our_unit /etc/systemd/system/exabgp.service && [ -e /etc/ex
   mkdir "$new/credentials"
   ln -s /etc/exabgp/webhook-token "$new/credentials/rtbh-token"
   checks=("rtbh-controller --check")
-  ! systemctl is-enabled --quiet exabgp-webhook.service || checks+=("rtbh-webhook --check")
   if "$new/bin/exabgp" version >/dev/null 2>&1; then # 4.2 knows no such word
     checks+=("exabgp validate /etc/exabgp/exabgp.conf")
   else
     checks+=("exabgp --validate /etc/exabgp/exabgp.conf")
   fi
+  # (The receiver's own faults stop neither ExaBGP nor its blackholes.)
+  ! systemctl is-enabled --quiet exabgp-webhook.service ||
+    CREDENTIALS_DIRECTORY=$new/credentials "$new/bin/rtbh-webhook" --check >/dev/null || say "ATTENTION: see the line above"
   for check in "${checks[@]}"; do
     # shellcheck disable=SC2086 # a program and its words
-    said=$(CREDENTIALS_DIRECTORY=$new/credentials "$new"/bin/$check 2>&1) ||
+    said=$("$new"/bin/$check 2>&1) ||
       die "the new version can't start with the files as they are, nothing was changed: $said"
   done
   rm -r "$new/credentials"
@@ -177,7 +179,10 @@ token=/etc/exabgp/webhook-token
 systemd-tmpfiles --create exabgp-rtbh.conf
 ! command -v restorecon >/dev/null || restorecon -R "$home" /etc/exabgp
 systemctl daemon-reload
-[ -n "$upgrade" ] || systemctl enable --quiet "${units[@]}"
+if [ ! -e $home/enabled ]; then # once: what the operator disables later stays so
+  [ -n "$upgrade" ] && systemctl is-enabled --quiet exabgp.service || systemctl enable --quiet "${units[@]}"
+  touch $home/enabled
+fi
 grep -q 'rtbh-controller\.py' /etc/exabgp/exabgp.conf ||
   say "ATTENTION: /etc/exabgp/exabgp.conf does not run /etc/exabgp/rtbh-controller.py; $home/current/etc/exabgp.conf shows how"
 

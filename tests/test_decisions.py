@@ -18,6 +18,7 @@ from rtbh_controller import (
     Blackholes,
     Dialogue,
     Effects,
+    LastGood,
     Now,
     Settings,
     SettingsError,
@@ -31,6 +32,7 @@ from rtbh_controller import (
     render,
     restore,
     snapshot,
+    state_dir_of,
 )
 
 NOW = Now(1_800_000_000.0, 1000.0)
@@ -545,6 +547,15 @@ def test_the_neighbors_are_those_that_name_us(apis: str, ours: set[str]) -> None
     assert {router.address for router in blackholes.routers} == {"10.9.9.1", "10.9.9.2", "10.9.9.254"}
 
 
+def test_a_neighbor_that_names_no_process_stays_once_it_has_told_of_its_session() -> None:
+    """ExaBGP does not print `processes-match`."""
+    blackholes = Blackholes(settings())
+    do(blackholes.session, "10.9.9.3", "up", "", NOW)
+    do(blackholes.session, "10.9.9.4", "up", "", NOW)  # no longer configured
+    audit(blackholes)
+    assert blackholes.neighbors.keys() == {"10.9.9.1", "10.9.9.2", "10.9.9.3"}
+
+
 def test_what_changes_during_an_audit_is_left_alone() -> None:
     blackholes = Blackholes(settings())
     audit(blackholes)
@@ -853,6 +864,31 @@ def test_no_fault_in_the_webhook_section_stops_the_controller(directory: object,
         file.write("next_hop = 192.0.2.1\n")
     with pytest.raises(SettingsError, match="next_hop"):
         load_settings(path, ignore="webhook")
+
+
+@pytest.mark.parametrize("header", ["safety]", "[safety", "#[safety]", "# [safety]"])
+@pytest.mark.parametrize("fault", ["listen = nowhere", "token", ""])
+def test_a_damaged_header_never_takes_the_guards_behind_it_along(directory: object, header: str, fault: str) -> None:
+    path = f"{directory}/rtbh.conf"
+    with open(path, "w") as file:
+        file.write(f"[webhook]\n{fault}\n{header}\nwhitelist = 10.0.0.0/8\nallowed = 192.0.2.0/24\n")
+    with pytest.raises(SettingsError):
+        load_settings(path, ignore="webhook")
+
+
+def test_the_last_good_settings_are_whole_though_the_webhooks_had_a_fault(directory: object) -> None:
+    path = f"{directory}/rtbh.conf"
+    text = f"[webhook]\ntoken = a\ntoken = b\n[safety]\nmax_routes = 7\n[paths]\nstate_dir = {directory}\n"
+    with open(path, "w") as file:
+        file.write(text)
+    last_good = LastGood(str(directory), "A")
+    last_good.write(path)
+    found = last_good.read()
+    assert found
+    assert found.safety.max_routes == 7
+    assert LastGood(str(directory), "B").read() is None
+    assert state_dir_of(text + "x") == str(directory)
+    assert state_dir_of("[paths") == "/var/lib/exabgp"
 
 
 def test_a_fault_in_the_webhook_section_does_not_stop_the_controller(directory: object) -> None:

@@ -276,6 +276,17 @@ def test_a_prefix_that_is_held_already_is_not_charged() -> None:
     assert not desk.accepted
 
 
+def test_announcing_again_what_was_just_withdrawn_is_charged() -> None:
+    desk = Office()
+    desk.view = view(desk.settings, route("id1"))  # still shown
+    request = Request("withdraw", parse_prefix("192.0.2.1"))
+    for _ in range(10):
+        desk.commit(desk.decide(request, "", desk.view, NOW), request, desk.view, NOW)
+        desk.announce("192.0.2.1", NOW)
+    desk.commit(desk.decide(request, "", desk.view, NOW), request, desk.view, NOW)
+    assert desk.rejection("192.0.2.1", NOW).status == 429
+
+
 def test_limits_of_routes_count_what_is_published_and_what_is_on_its_way() -> None:
     desk = Office("[webhook]\nmax_routes = 2\n[safety]\nmax_routes = 4")
     desk.view = view(desk.settings, route("x", prefix="10.0.0.1/32", source="pipe"))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from guest import PATH, CannotRun, Namespace, needs
-from lab import ROOT, Process, Trio, clean_environment, wait_for
+from lab import ROOT, LabError, Process, Trio, clean_environment, wait_for
 
 VICTIM, BYSTANDER = "192.0.2.100", "192.0.2.101"
 VICTIM6, BYSTANDER6 = "2001:db8:1::100", "2001:db8:1::101"
@@ -475,6 +475,8 @@ class Stream:
         alert()
         first_lost = 1
         while first_lost == len(sent) or time.monotonic() < sent[first_lost] + 0.1:
+            if time.monotonic() > sent[0] + 30:
+                raise LabError("nothing was dropped in 30 s")
             self.sender.send(len(sent).to_bytes(8, "big"))
             sent.append(time.monotonic())
             first_lost = max(first_lost, self.pause() + 1)

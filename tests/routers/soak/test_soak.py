@@ -222,7 +222,7 @@ class Soak:
             way()
         self.check()
         never = [way.__name__ for way in ways if not self.did[way.__name__]]
-        assert not never or seconds < 60
+        assert not never or seconds < 300
         assert self.did["POST while the controller was away"] < self.did["post"] / 4
 
 
