@@ -6,12 +6,16 @@ happens is the seed's, the moments are the machine's.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
+import sys
+import termios
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +108,7 @@ class Soak:
     def kill_controller(self) -> None:
         self.killed = [at for at in self.killed if at > time.monotonic() - 130]
         if len(self.killed) == 3:  # ExaBGP gives up after five in a minute
+            self.did["kill_controller"] -= 1
             return
         self.killed.append(time.monotonic())
         self.before_an_end()
@@ -166,7 +171,11 @@ class Soak:
         self.away = True
 
     def settle(self) -> None:
-        """Wait until the controller holds what the model says."""
+        """Wait until the controller has read all lines, also those that change nothing, and holds what the model says.
+
+        A new controller does not read the pipe at once: a reload, or death, could else overtake a line.
+        """
+        wait_for("the pipe to be read", lambda: unread(self.host.pipe) == 0, 60)
         self.wait("held by the controller", self.held)
         self.unsettled = self.away = False
 
@@ -224,6 +233,15 @@ class Soak:
         never = [way.__name__ for way in ways if not self.did[way.__name__]]
         assert not never or seconds < 300
         assert self.did["POST while the controller was away"] < self.did["post"] / 4
+
+
+def unread(pipe: Path) -> int:
+    """The bytes that wait in a pipe."""
+    descriptor = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, b"\0\0\0\0"), sys.byteorder)
+    finally:
+        os.close(descriptor)
 
 
 def test_the_table_is_the_models(
